@@ -1,0 +1,57 @@
+"""Continual-learning methods as Avalanche plugins, with every number checkable.
+
+Public names load on first use: importing this package loads neither torch nor Avalanche.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# name -> module that defines it
+_PUBLIC = {
+    "BERPlugin": "training.plugins.ber",
+    "DRLPlugin": "training.plugins.drl",
+    "ERPlugin": "training.plugins.er",
+    "ShuffleReplayPlugin": "training.plugins.shuffle_replay",
+    "ClassBalancedMemory": "training.storage_policy.exemplar_memory",
+    "ExemplarMemory": "training.storage_policy.exemplar_memory",
+    "ExperienceBalancedMemory": "training.storage_policy.exemplar_memory",
+    "ReservoirMemory": "training.storage_policy.exemplar_memory",
+    "GradientDiversity": "evaluation.metrics.gradient_diversity",
+    "MLP": "models.mlp",
+    "drl_loss": "functional.drl",
+}
+
+__all__ = ["__version__", *sorted(_PUBLIC)]
+
+if TYPE_CHECKING:
+    from avalanche_ext.evaluation.metrics.gradient_diversity import GradientDiversity
+    from avalanche_ext.functional.drl import drl_loss
+    from avalanche_ext.models.mlp import MLP
+    from avalanche_ext.training.plugins.ber import BERPlugin
+    from avalanche_ext.training.plugins.drl import DRLPlugin
+    from avalanche_ext.training.plugins.er import ERPlugin
+    from avalanche_ext.training.plugins.shuffle_replay import ShuffleReplayPlugin
+    from avalanche_ext.training.storage_policy.exemplar_memory import (
+        ClassBalancedMemory,
+        ExemplarMemory,
+        ExperienceBalancedMemory,
+        ReservoirMemory,
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(
+            f"avalanche_ext has no public name {name!r}; it has {', '.join(sorted(_PUBLIC))}."
+        )
+    value = getattr(importlib.import_module(f"avalanche_ext.{_PUBLIC[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

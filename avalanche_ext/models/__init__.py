@@ -1,0 +1,1 @@
+"""Networks and the parts that several methods share."""

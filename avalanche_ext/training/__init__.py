@@ -1,0 +1,1 @@
+"""Avalanche plugins, strategies, memories and loaders."""

@@ -1,0 +1,57 @@
+"""Checks that turn a mistake in the set-up into a clear error before the first update."""
+
+from __future__ import annotations
+
+from numbers import Real
+from typing import Any
+
+__all__ = ["check_experience", "check_labels_fit", "check_nonnegative", "check_one_of"]
+
+
+def check_nonnegative(owner: str, **values: Any) -> None:
+    """Raise unless every value is a real number >= 0 (booleans and NaN are not)."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{owner} expects a number {name} >= 0; got {value!r}.")
+        if not value >= 0:
+            raise ValueError(f"{owner} expects {name} >= 0; got {name}={value}.")
+
+
+def check_one_of(owner: str, name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    """Raise unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        raise ValueError(f"{owner} expects {name} to be one of {list(allowed)}; got {value!r}.")
+
+
+def check_experience(strategy: Any) -> None:
+    """Raise if the experience that is about to be trained on has no samples."""
+    experience = strategy.experience
+    if len(experience.dataset) == 0:
+        index = getattr(experience, "current_experience", "?")
+        raise ValueError(
+            f"experience {index} of the training stream is empty; every experience needs at least "
+            f"one sample. Drop it from the stream or check how the benchmark was split."
+        )
+
+
+def check_labels_fit(strategy: Any) -> None:
+    """Raise if a label of the current batch has no output in the model's head.
+
+    Called between the forward pass and the loss, where the width of the head is known whatever
+    the model, and nothing has been updated yet.
+    """
+    output = strategy.mb_output
+    if getattr(output, "ndim", 0) != 2:
+        return
+    labels = getattr(strategy.experience, "classes_in_this_experience", None)
+    low, high = (
+        (min(labels), max(labels))
+        if labels
+        else (int(strategy.mb_y.min()), int(strategy.mb_y.max()))
+    )
+    if low < 0 or high >= output.shape[1]:
+        raise ValueError(
+            f"the experience has labels {low} to {high}, but the model's output has "
+            f"{output.shape[1]} units (labels 0 to {output.shape[1] - 1}). Give the model a wider "
+            f"or a growing head, or map the labels to 0, 1, 2, ..."
+        )

@@ -1,0 +1,1 @@
+"""How batches are put together: *which* samples (sampling), *where* they live (sources), the loader."""

@@ -1,0 +1,222 @@
+"""Where samples live: a source turns sample numbers into a batch of tensors.
+
+A batch is Avalanche's list of columns, ``[x, y, task label]`` or ``[x, y]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+from avalanche.benchmarks.utils.flat_data import ConstantSequence, FlatData
+from avalanche.benchmarks.utils.transforms import TupleTransform
+from torch import Tensor
+from torch.utils.data import Dataset, TensorDataset
+
+__all__ = [
+    "DatasetSource",
+    "JoinedSource",
+    "Source",
+    "TensorSource",
+    "as_source",
+    "attribute_values",
+]
+
+Batch = list[Tensor]
+
+
+class Source(Protocol):
+    """Anything that turns sample numbers into a batch."""
+
+    def __len__(self) -> int: ...
+
+    def gather(self, indices: Tensor) -> Batch:
+        """The samples ``indices`` (int64, on the CPU) as columns, in that order."""
+        ...
+
+
+class TensorSource:
+    """Samples held as tensors: a batch is one ``index_select`` per column.
+
+    Args:
+        columns: ``x``, ``y`` and, where there are task labels, ``t``.
+        rows: Row of ``columns[0]`` for each sample; by default sample ``i`` is row ``i``. The
+            other columns are already in sample order.
+    """
+
+    def __init__(self, columns: Sequence[Tensor], rows: Tensor | None = None) -> None:
+        self.columns = list(columns)
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.columns[1])
+
+    def gather(self, indices: Tensor) -> Batch:
+        """See ``Source``."""
+        rows = indices if self.rows is None else self.rows[indices]
+        x, *rest = self.columns
+        return [x.index_select(0, rows), *(c.index_select(0, indices) for c in rest)]
+
+
+class DatasetSource:
+    """Samples of any dataset, read one by one through its own transforms."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def gather(self, indices: Tensor) -> Batch:
+        """See ``Source``."""
+        return list(self.dataset.collate_fn([self.dataset[i] for i in indices.tolist()]))
+
+
+class JoinedSource(Dataset):
+    """Several sources behind one another, as one dataset whose items are whole batches.
+
+    Rows of a batch are grouped by source, in the order of the sources; within one source they
+    keep the order asked for.
+    """
+
+    def __init__(self, sources: Sequence[Source], sizes: Sequence[int]) -> None:
+        self.sources = list(sources)
+        self.bounds = np.concatenate([[0], np.cumsum(sizes)]).tolist()
+
+    def __len__(self) -> int:
+        return self.bounds[-1]
+
+    def __getitems__(self, indices: Tensor) -> Batch:
+        """One batch; the name is the one that torch's fetcher looks for."""
+        parts = []
+        for source, low, high in zip(self.sources, self.bounds, self.bounds[1:], strict=False):
+            mine = indices[(indices >= low) & (indices < high)]
+            if len(mine):
+                parts.append(source.gather(mine - low))
+        return join_batches(parts)
+
+
+def join_batches(parts: Sequence[Batch]) -> Batch:
+    """Concatenate batches column by column.
+
+    Raises:
+        ValueError: If they differ in the number of columns (task labels on one side only).
+    """
+    if len({len(p) for p in parts}) > 1:
+        raise ValueError(
+            f"current data and memory have batches of {[len(p) for p in parts]} columns; both need "
+            f"the same: give every experience task labels, or none of them."
+        )
+    if len(parts) == 1:
+        return list(parts[0])
+    return [torch.cat(columns) for columns in zip(*parts, strict=True)]
+
+
+def as_source(dataset: Any) -> Source:
+    """The fastest source that gives exactly what ``dataset`` gives, sample by sample.
+
+    A dataset whose leaf is a ``TensorDataset``, reached through subsets and concatenations without
+    any transform of ``x``, becomes a ``TensorSource``; everything else is read through its own
+    ``__getitem__``. A few samples are compared before the short cut is taken.
+    """
+    source = _tensor_source(dataset)
+    if source is not None and _agrees(source, dataset):
+        return source
+    return DatasetSource(dataset)
+
+
+def attribute_values(dataset: Any, name: str) -> Tensor | None:
+    """An attribute such as ``targets`` as int64, without a Python call per sample."""
+    attribute = getattr(dataset, name, None)
+    if attribute is None:
+        return None
+    data = getattr(attribute, "data", attribute)
+    return torch.from_numpy(_values(data, np.arange(len(dataset))))
+
+
+def _values(node: Any, at: np.ndarray) -> np.ndarray:
+    if isinstance(node, ConstantSequence):
+        return np.full(len(at), int(node[0]) if len(node) else 0, dtype=np.int64)
+    if isinstance(node, FlatData):
+        result = np.empty(len(at), dtype=np.int64)
+        for child, where, positions in _children(node, at):
+            result[where] = _values(child, positions)
+        return result
+    if isinstance(node, Tensor | np.ndarray):
+        return np.asarray(node, dtype=np.int64)[at]
+    if len(at) * 4 < len(node):  # a few out of many: do not convert them all
+        return np.fromiter((int(node[int(i)]) for i in at), np.int64, len(at))
+    return np.fromiter((int(v) for v in node), np.int64, len(node))[at]
+
+
+def _children(node: FlatData, at: np.ndarray) -> list[tuple[Any, Any, np.ndarray]]:
+    """For each child that is touched: the child, where its samples go, their numbers in it.
+
+    The private fields of Avalanche's ``FlatData`` are read in this file only.
+    """
+    if node._indices is not None:
+        at = np.asarray(node._indices[:] if isinstance(node._indices, list) else _eager(node))[at]
+    if len(node._datasets) == 1:
+        return [(node._datasets[0], slice(None), at)]
+    ends = np.asarray(node._cumulative_sizes)
+    owner = np.searchsorted(ends, at, side="right")
+    found = []
+    for k in np.unique(owner):
+        where = np.flatnonzero(owner == k)
+        found.append((node._datasets[k], where, at[where] - (ends[k - 1] if k else 0)))
+    return found
+
+
+def _eager(node: FlatData) -> np.ndarray:
+    indices = cast(Sequence[int], node._indices)
+    return np.fromiter((int(indices[i]) for i in range(len(indices))), np.int64, len(indices))
+
+
+def _tensor_source(dataset: Any) -> TensorSource | None:
+    flat = getattr(dataset, "_flat_data", None)
+    targets = attribute_values(dataset, "targets")
+    if flat is None or targets is None or len(dataset) == 0:
+        return None
+    extra = [a.name for a in dataset._data_attributes.values() if a.use_in_getitem]
+    if extra not in ([], ["targets_task_labels"]):
+        return None
+    leaf, rows = _single_leaf(flat, np.arange(len(dataset)))
+    if not isinstance(leaf, TensorDataset) or len(leaf.tensors) != 2:
+        return None
+    columns = [leaf.tensors[0], targets]
+    if extra:
+        columns.append(cast(Tensor, attribute_values(dataset, "targets_task_labels")))
+    return TensorSource(columns, torch.from_numpy(rows))
+
+
+def _single_leaf(node: Any, at: np.ndarray) -> tuple[Any, np.ndarray]:
+    """Follow subsets down to one leaf; ``(None, ...)`` at a branch or at a transform of ``x``."""
+    while isinstance(node, FlatData):
+        for groups in (
+            getattr(node, "_transform_groups", None),
+            getattr(node, "_frozen_transform_groups", None),
+        ):
+            if groups is not None and _changes_x(groups[groups.current_group]):
+                return None, at
+        children = _children(node, at)
+        if len(children) != 1:
+            return None, at
+        node, where, positions = children[0]
+        at = positions if isinstance(where, slice) else positions[np.argsort(where)]
+    return node, at
+
+
+def _changes_x(transform: Any) -> bool:
+    if transform is None:
+        return False
+    return not (isinstance(transform, TupleTransform) and transform.transforms[0] is None)
+
+
+def _agrees(source: TensorSource, dataset: Any) -> bool:
+    probe = torch.tensor(sorted({0, len(dataset) // 2, len(dataset) - 1}))
+    mine, theirs = source.gather(probe), DatasetSource(dataset).gather(probe)
+    return len(mine) == len(theirs) and all(
+        a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(mine, theirs, strict=True)
+    )

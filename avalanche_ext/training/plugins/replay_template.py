@@ -1,0 +1,192 @@
+"""What BER, ER and Shuffle share: a memory, its place in the loader, its report.
+
+A subclass says how a step draws from the memory (``draw``); everything else is here.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from avalanche.benchmarks.utils.data_loader import TaskBalancedDataLoader
+from avalanche.evaluation.metric_results import MetricValue
+from avalanche.evaluation.metric_utils import get_metric_name
+from avalanche.training.plugins import SupervisedPlugin
+from avalanche.training.storage_policy import ExemplarsBuffer
+from torch.utils.data import DataLoader
+
+from avalanche_ext.training.checks import check_experience, check_labels_fit
+from avalanche_ext.training.loading.loader import LoaderOptions, ReplayLoader, ReplayPart
+from avalanche_ext.training.loading.sampling import Draw, GroupIndex
+from avalanche_ext.training.loading.sources import as_source
+from avalanche_ext.training.storage_policy.exemplar_memory import ExemplarMemory, experience_key
+from avalanche_ext.training.storage_policy.policy_memory import PolicyMemory
+
+__all__ = ["DEFAULT_MEM", "ReplayTemplate"]
+
+DEFAULT_MEM = 200
+
+
+class ReplayTemplate(SupervisedPlugin):
+    """Base of the replay plugins.
+
+    The loader is put in place when the epoch starts, after every plugin's
+    ``before_training_exp``: so the order of the plugins does not matter, and a loader that
+    another plugin has set is kept and added to. Until the memory holds something, Avalanche's
+    own loader stays, so the first experience is plain training, bit for bit.
+
+    Args:
+        mem: Size of the memory, default 200; given by ``storage_policy`` if that is given.
+        mem_scope: ``"experience"`` or ``"total"``, see ``ExemplarMemory``.
+        group_by: What the memory's groups are, see ``ExemplarMemory``.
+        storage_policy: A memory of ours or of Avalanche's, in place of the first three.
+    """
+
+    label = ""
+
+    def __init__(
+        self,
+        mem: int | None,
+        mem_scope: str,
+        group_by: str | None,
+        storage_policy: ExemplarsBuffer | None,
+    ) -> None:
+        super().__init__()
+        self.group_by = group_by
+        if storage_policy is None:
+            self.memory: ExemplarMemory | PolicyMemory = ExemplarMemory(
+                DEFAULT_MEM if mem is None else mem, mem_scope=mem_scope, group_by=group_by
+            )
+            return
+        if not isinstance(storage_policy, ExemplarsBuffer):
+            raise TypeError(
+                f"{self.label} expects storage_policy to be a memory of avalanche_ext or an "
+                f"Avalanche ExemplarsBuffer; got {type(storage_policy).__name__}."
+            )
+        if mem is not None and mem != storage_policy.max_size:
+            raise ValueError(
+                f"{self.label} got mem={mem} and a storage_policy for {storage_policy.max_size} "
+                f"samples; give one of the two."
+            )
+        ours = isinstance(storage_policy, ExemplarMemory)
+        self.memory = storage_policy if ours else PolicyMemory(storage_policy)
+
+    _seed: int | None = None
+    _name = ""
+    _loaders = 0
+    _checked = False
+
+    @property
+    def storage_policy(self) -> ExemplarsBuffer:
+        """The memory as an Avalanche storage policy."""
+        return self.memory.policy if isinstance(self.memory, PolicyMemory) else self.memory
+
+    @property
+    def bytes_remembered(self) -> int:
+        """Bytes of exemplars held between experiences."""
+        return self.memory.nbytes
+
+    @abstractmethod
+    def draw(self, strategy: Any, index: GroupIndex) -> Draw:
+        """How one step of this experience draws from the memory."""
+
+    # hooks ----------------------------------------------------------------------------------
+
+    def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
+        """Refuse an empty experience, and one whose groups the memory could not hold."""
+        check_experience(strategy)
+        self.memory.check_room(strategy.experience)
+        self._checked = False
+        twins = [p for p in strategy.plugins if getattr(p, "label", None) == self.label]
+        self._name = f"{self.label} {twins.index(self)}"
+
+    def before_training_epoch(
+        self,
+        strategy: Any,
+        num_workers: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        pin_memory: bool | None = None,
+        persistent_workers: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Put the memory into the loader."""
+        if not len(self.memory):
+            return
+        loader = strategy.dataloader
+        if isinstance(loader, ReplayLoader) and any(p.name == self._name for p in loader.parts):
+            return  # a later epoch of the same experience
+        index = self.memory.index(self.group_by)
+        if self.group_by == "experience":
+            # An experience that goes on (an online stream) is current, not past.
+            index = index.without(self._current_key(strategy))
+        if not len(index):
+            return
+        if self._seed is None:
+            self._seed = torch.initial_seed()
+        self._loaders += 1
+        part = ReplayPart(
+            name=self._name,
+            source=self.memory,
+            size=self.memory.size,
+            index=index,
+            draw=self.draw(strategy, index),
+            seed=(self._seed, *self._name.encode(), self._loaders),
+        )
+        if isinstance(loader, ReplayLoader):
+            strategy.dataloader = loader.with_part(part)
+            return
+        options = LoaderOptions(
+            strategy.train_mb_size, num_workers, shuffle, drop_last, bool(pin_memory),
+            persistent_workers,
+        )  # fmt: skip
+        current = loader
+        if _is_avalanches_own(loader, strategy):
+            current = as_source(strategy.adapted_dataset)
+        strategy.dataloader = ReplayLoader(current, options, [part])
+
+    def before_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
+        """Refuse to train on without the memory in the loader."""
+        if self._checked or not len(self.memory):
+            return
+        loader = strategy.dataloader
+        parts = loader.parts if isinstance(loader, ReplayLoader) else []
+        expected = len(self.memory.index().without(self._current_key(strategy)))
+        if expected and not any(p.name == self._name for p in parts):
+            raise ValueError(
+                f"{self.label} put its loader in place, but another plugin replaced it with a "
+                f"{type(loader).__name__} after that, so nothing would be replayed. Plugins must "
+                f"set strategy.dataloader in before_training_exp."
+            )
+
+    def after_forward(self, strategy: Any, **kwargs: Any) -> None:
+        """Before the first loss of an experience: do the labels fit the head?"""
+        if not self._checked:
+            check_labels_fit(strategy)
+            self._checked = True
+
+    def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        """Store exemplars of the experience; log how many and how large."""
+        self.memory.post_adapt(strategy, strategy.experience)
+        for name, value in (("Exemplars", len(self.memory)), ("Bytes", self.memory.nbytes)):
+            metric = get_metric_name(f"{self.label}_{name}", strategy, add_experience=False)
+            strategy.evaluator.publish_metric_value(
+                MetricValue(self, metric, float(value), strategy.clock.train_iterations)
+            )
+
+    def __str__(self) -> str:
+        return self.label
+
+    # parts ----------------------------------------------------------------------------------
+
+    def _current_key(self, strategy: Any) -> Hashable:
+        return experience_key(strategy.experience, -1)
+
+
+def _is_avalanches_own(loader: Any, strategy: Any) -> bool:
+    """Whether the loader is the one that the strategy made for the current data alone."""
+    if type(loader) is DataLoader:
+        return loader.dataset is strategy.adapted_dataset
+    return type(loader) is TaskBalancedDataLoader

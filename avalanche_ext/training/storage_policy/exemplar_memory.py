@@ -1,0 +1,326 @@
+"""Episodic memories of exemplars: balanced over experiences, classes or tasks, or a reservoir.
+
+They are Avalanche storage policies (``ReplayPlugin(storage_policy=...)`` takes them), but keep
+their samples in tensors where that is possible, never rebuild what did not change, and never hold
+more samples than their budget.
+
+Every sample of the stream draws a uniform priority once; a group keeps its samples of highest
+priority. So each group is at any moment a uniform random subset of all its samples so far, also
+after its quota has shrunk and when its class comes back (reservoir sampling, Vitter 1985, by
+random keys).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from typing import Any
+
+import torch
+from avalanche.benchmarks.utils import as_taskaware_classification_dataset
+from avalanche.benchmarks.utils.data import AvalancheDataset
+from avalanche.benchmarks.utils.data_attribute import DataAttribute
+from avalanche.training.storage_policy import ExemplarsBuffer
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from avalanche_ext.training.checks import check_nonnegative, check_one_of
+from avalanche_ext.training.loading.sampling import GroupIndex, seeded
+from avalanche_ext.training.loading.sources import as_source, attribute_values
+from avalanche_ext.training.storage_policy.stores import ReferenceStore, TensorStore, store_for
+
+__all__ = [
+    "ClassBalancedMemory",
+    "ExemplarMemory",
+    "ExperienceBalancedMemory",
+    "ReservoirMemory",
+    "experience_key",
+]
+
+GROUPINGS = ("experience", "class", "task", None)
+SCOPES = ("experience", "total")
+
+
+class ExemplarMemory(ExemplarsBuffer):
+    """Exemplars in groups, under a budget.
+
+    Args:
+        mem: Budget in samples, see ``mem_scope``; 0 stores nothing.
+        mem_scope: ``"total"``: ``mem`` samples in all, ``mem // groups`` for each group and one
+            more for the first ``mem % groups``. ``"experience"``: every experience adds up to
+            ``mem`` samples and none is ever dropped, as in the tables of Chen et al. (2020);
+            split over the groups of that experience.
+        group_by: What the groups are: ``"experience"``, ``"class"``, ``"task"``, or ``None`` for
+            one group, a reservoir of the whole stream.
+
+    Raises:
+        ValueError: For a bad argument; when an experience comes whose groups the budget cannot
+            give one sample each.
+    """
+
+    def __init__(
+        self, mem: int, *, mem_scope: str = "total", group_by: str | None = "experience"
+    ) -> None:
+        check_nonnegative(type(self).__name__, mem=mem)
+        if mem != int(mem):
+            raise ValueError(f"{type(self).__name__} expects a whole number mem; got {mem}.")
+        check_one_of(type(self).__name__, "mem_scope", mem_scope, SCOPES)
+        check_one_of(type(self).__name__, "group_by", group_by, GROUPINGS)
+        super().__init__(int(mem))
+        self.mem_scope = mem_scope
+        self.group_by = group_by
+        self._store: TensorStore | ReferenceStore | None = None
+        # A unit is what has a quota: (experience or None, group). Its samples: slots, priorities.
+        self._units: dict[tuple[Hashable, Hashable], tuple[Tensor, Tensor]] = {}
+        self._free: list[int] = []
+        self._used = 0
+        self._updates = 0
+        self._seed: int | None = None
+
+    # what is stored -------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return sum(len(slots) for slots, _ in self._units.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the exemplars and their labels."""
+        return len(self) * self._store.bytes_per_sample() if self._store is not None else 0
+
+    @property
+    def size(self) -> int:
+        """One more than the largest slot number."""
+        return self._used
+
+    def index(self, group_by: str | None = None) -> GroupIndex:
+        """The slots by group; a reservoir can be seen by ``"class"`` or ``"task"`` too."""
+        if self.group_by is None and group_by is not None:
+            return _by_label(self, group_by)
+        groups: dict[Hashable, list[Tensor]] = {}
+        for (_, group), (slots, _) in self._units.items():
+            groups.setdefault(group, []).append(slots)
+        return GroupIndex.of({group: torch.cat(parts) for group, parts in groups.items()})
+
+    def labels(self, indices: Tensor) -> list[Tensor]:
+        """Labels and, where there are any, task labels of the given slots."""
+        return self._store.labels(indices) if self._store is not None else []
+
+    def gather(self, indices: Tensor) -> list[Tensor]:
+        """The samples in the given slots, as a batch (see ``training.loading.sources.Source``)."""
+        if self._store is None:
+            raise IndexError("the memory is empty")
+        return self._store.gather(indices)
+
+    @property
+    def buffer(self) -> AvalancheDataset:
+        """The exemplars as an Avalanche data set, built on demand for Avalanche's own plugins."""
+        if not len(self):
+            return AvalancheDataset([])
+        slots = self.index().slots
+        stored = _Stored(self, slots)
+        targets, *tasks = self.labels(slots)
+        attributes = [DataAttribute(targets.tolist(), "targets")]
+        if tasks:
+            names = DataAttribute(tasks[0].tolist(), "targets_task_labels", use_in_getitem=True)
+            attributes.append(names)
+            return as_taskaware_classification_dataset(
+                AvalancheDataset([stored], data_attributes=attributes)
+            )
+        return AvalancheDataset([stored], data_attributes=attributes)
+
+    @buffer.setter
+    def buffer(self, new_buffer: AvalancheDataset) -> None:
+        if len(new_buffer):  # Avalanche's constructor assigns an empty one
+            raise AttributeError("the buffer of an ExemplarMemory follows from what it stores")
+
+    # updates --------------------------------------------------------------------------------
+
+    def check_room(self, experience: Any) -> None:
+        """Raise if the groups that ``experience`` brings would leave a group without a sample."""
+        if self.max_size == 0:
+            return
+        groups = self._groups_of(experience).unique().tolist()
+        keys = self._unit_keys(experience, groups, self._updates + 1)
+        rivals = set(keys) | (set(self._units) if self.mem_scope == "total" else set())
+        if self.max_size < len(rivals):
+            kind = self.group_by or "group"
+            where = "in total" if self.mem_scope == "total" else "per experience"
+            raise ValueError(
+                f"mem={self.max_size} {where} cannot hold one sample for each of {len(rivals)} "
+                f"groups (group_by={self.group_by!r}: one group per {kind}). Use mem >= "
+                f"{len(rivals)}, another group_by, or mem_scope='experience'."
+            )
+
+    def post_adapt(self, agent: Any, exp: Any) -> None:
+        """Store samples of the experience that has just been trained on.
+
+        Args:
+            agent: Unused; part of Avalanche's interface.
+            exp: The experience; its training transforms apply at replay.
+        """
+        if self.max_size == 0:
+            return
+        self.check_room(exp)
+        self._updates += 1
+        self._seed = torch.initial_seed() if self._seed is None else self._seed
+        source = as_source(exp.dataset.train())
+        if self._store is None:
+            self._store = store_for(source, self.max_size if self.mem_scope == "total" else None)
+        elif not self._store.accepts(source):
+            self._refer_to_old_store()
+        priorities = torch.rand(
+            len(source), generator=seeded(self._seed, self._updates), dtype=torch.float64
+        )
+        group_of = self._groups_of(exp)
+        groups = group_of.unique().tolist()
+        candidates = {
+            key: torch.nonzero(group_of == group).flatten()
+            for key, group in zip(self._unit_keys(exp, groups, self._updates), groups, strict=True)
+        }
+        for key in candidates:
+            self._units.setdefault(key, (_no_slots(), _no_slots().double()))
+        self._store_best(source, candidates, priorities)
+
+    def resize(self, strategy: Any, new_size: int) -> None:
+        """Change the budget; a smaller one drops the samples of lowest priority at once."""
+        check_nonnegative(type(self).__name__, new_size=new_size)
+        self.max_size = int(new_size)
+        for key, quota in self._quotas(self._units).items():
+            self._keep(key, *self._units[key], quota)
+
+    def _store_best(self, source: Any, candidates: dict, priorities: Tensor) -> None:
+        owner = next(iter(candidates))[0]  # None under a total budget: then all share it
+        quotas = self._quotas(key for key in self._units if key[0] == owner)
+        chosen: dict[Any, tuple[Tensor, Tensor]] = {}
+        for key, quota in quotas.items():  # first make room everywhere, then fill it
+            slots, old = self._units[key]
+            new = candidates.get(key, _no_slots())
+            if not len(new) and len(old) <= quota:
+                continue
+            best = torch.cat([old, priorities[new]]).topk(min(quota, len(old) + len(new))).indices
+            self._keep(key, slots, old, best=best[best < len(old)])
+            chosen[key] = (new[best[best >= len(old)] - len(old)], priorities)
+        for key, (new, values) in chosen.items():
+            taken = self._take(len(new))
+            self._store.write(taken, source, new)  # type: ignore[union-attr]
+            slots, old = self._units[key]
+            self._units[key] = (torch.cat([slots, taken]), torch.cat([old, values[new]]))
+
+    def _quotas(self, units: Iterable[Any]) -> dict[Any, int]:
+        keys = list(units)
+        share, rest = divmod(self.max_size, max(1, len(keys)))
+        return {key: share + (i < rest) for i, key in enumerate(keys)}
+
+    def _keep(
+        self, key: Any, slots: Tensor, old: Tensor, quota: int = 0, best: Tensor | None = None
+    ) -> None:
+        if best is None:
+            best = old.topk(min(quota, len(old))).indices
+        if len(best) == len(slots):
+            return
+        kept = torch.zeros(len(slots), dtype=torch.bool)
+        kept[best] = True
+        self._free += slots[~kept].tolist()
+        self._units[key] = (slots[kept], old[kept])
+
+    def _take(self, n: int) -> Tensor:
+        reused = [self._free.pop() for _ in range(min(n, len(self._free)))]
+        fresh = range(self._used, self._used + n - len(reused))
+        self._used += len(fresh)
+        return torch.tensor([*reused, *fresh], dtype=torch.int64)
+
+    def _refer_to_old_store(self) -> None:
+        """Samples of another shape or kind have come: go on with references, also to the old."""
+        old, used = self._store, torch.arange(self._used)
+        self._store = ReferenceStore()
+        self._store.write(used, old, used)  # type: ignore[arg-type]
+
+    # groups ---------------------------------------------------------------------------------
+
+    def _groups_of(self, experience: Any) -> Tensor:
+        dataset = experience.dataset
+        if self.group_by in ("class", "task"):
+            name = "targets" if self.group_by == "class" else "targets_task_labels"
+            values = attribute_values(dataset, name)
+            if values is None:
+                raise ValueError(
+                    f"group_by={self.group_by!r} needs the data set's {name!r}; it has none. Use "
+                    f"a benchmark that gives them, or group_by='experience'."
+                )
+            return values
+        return torch.zeros(len(dataset), dtype=torch.int64)
+
+    def _unit_keys(
+        self, experience: Any, groups: list[int], position: int
+    ) -> list[tuple[Hashable, Hashable]]:
+        now = experience_key(experience, position)
+        owner = now if self.mem_scope == "experience" else None
+        if self.group_by == "experience":
+            return [(owner, now)]
+        if self.group_by is None:
+            return [(owner, "all")]
+        return [(owner, group) for group in groups]
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._store is not None:
+            self._store.trim(self._used)
+        return self.__dict__
+
+
+class ExperienceBalancedMemory(ExemplarMemory):
+    """``mem`` exemplars in all, divided equally over the experiences seen."""
+
+    def __init__(self, mem: int) -> None:
+        super().__init__(mem, group_by="experience")
+
+
+class ClassBalancedMemory(ExemplarMemory):
+    """``mem`` exemplars in all, divided equally over the classes seen."""
+
+    def __init__(self, mem: int) -> None:
+        super().__init__(mem, group_by="class")
+
+
+class ReservoirMemory(ExemplarMemory):
+    """``mem`` exemplars, at any moment a uniform random subset of the stream so far."""
+
+    def __init__(self, mem: int) -> None:
+        super().__init__(mem, group_by=None)
+
+
+def experience_key(experience: Any, position: int) -> Hashable:
+    """What identifies an experience as a group: its place in the order of training.
+
+    The small experiences of an online stream belong to the experience that they were cut from.
+    """
+    origin = getattr(experience, "origin_experience", None)
+    return position if origin is None else ("origin", origin.current_experience)
+
+
+class _Stored(Dataset):
+    """The memory's slots as a data set of ``(x, y)``."""
+
+    def __init__(self, memory: ExemplarMemory, slots: Tensor) -> None:
+        self.memory, self.slots = memory, slots
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        x, y = self.memory.gather(self.slots[i : i + 1])[:2]
+        return x[0], int(y[0])
+
+
+def _by_label(memory: ExemplarMemory, group_by: str) -> GroupIndex:
+    slots, labels = memory.index().slots, memory.labels(memory.index().slots)
+    position = {"class": 0, "task": 1}.get(group_by, len(labels))
+    if position >= len(labels):
+        raise ValueError(
+            f"a memory without groups cannot be drawn from by {group_by!r}; use "
+            f"group_by='class', or a memory that is grouped by {group_by}."
+        )
+    values = labels[position]
+    return GroupIndex.of({int(v): slots[values == v] for v in values.unique()})
+
+
+def _no_slots() -> Tensor:
+    return torch.zeros(0, dtype=torch.int64)

@@ -1,0 +1,189 @@
+"""What an episodic memory keeps its samples in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from avalanche_ext.training.loading.sources import (
+    Batch,
+    DatasetSource,
+    Source,
+    TensorSource,
+    attribute_values,
+)
+
+__all__ = ["ReferenceStore", "TensorStore", "sample_bytes", "store_for"]
+
+
+class TensorStore:
+    """Samples copied into tensors, one row per slot, whatever type ``x`` has (uint8 stays uint8).
+
+    Nothing of the experience's data set stays alive. ``capacity`` slots are allocated at once if
+    it is known; otherwise the tensors grow by half when they are full, so that storing stays
+    cheap on long streams.
+    """
+
+    def __init__(self, like: Source, capacity: int | None = None) -> None:
+        self._capacity = capacity
+        self._columns = [c.new_empty((capacity or 0, *c.shape[1:])) for c in _columns(like)]
+
+    def accepts(self, source: Source) -> bool:
+        """Whether samples of ``source`` fit the tensors."""
+        return isinstance(source, TensorSource) and (
+            [(c.dtype, c.shape[1:]) for c in source.columns]
+            == [(c.dtype, c.shape[1:]) for c in self._columns]
+        )
+
+    def write(self, slots: Tensor, source: Source, indices: Tensor) -> None:
+        """Copy the samples ``indices`` of ``source`` into ``slots``."""
+        if not len(slots):
+            return
+        needed, room = int(slots.max()) + 1, len(self._columns[0])
+        if needed > room:
+            rows = max(needed, room + room // 2)
+            if self._capacity is not None:
+                rows = max(needed, min(rows, self._capacity))
+            self._columns = [_grown(c, rows) for c in self._columns]
+        for column, values in zip(self._columns, source.gather(indices), strict=True):
+            column[slots] = values
+
+    def gather(self, indices: Tensor) -> Batch:
+        """See ``Source``."""
+        return [c.index_select(0, indices) for c in self._columns]
+
+    def labels(self, indices: Tensor) -> Batch:
+        """The columns behind ``x``: labels, and task labels where there are any."""
+        return [c.index_select(0, indices) for c in self._columns[1:]]
+
+    def __len__(self) -> int:
+        return len(self._columns[0])
+
+    def bytes_per_sample(self) -> int:
+        """Bytes of one row over all columns."""
+        return sum(c[:1].numel() // max(1, len(c[:1])) * c.element_size() for c in self._columns)
+
+    def trim(self, used: int) -> None:
+        """Give back the rows behind ``used``, before pickling."""
+        self._columns = [c[:used].clone() for c in self._columns]
+
+
+class ReferenceStore:
+    """Samples kept as ``(data set, index)``, read again through the data set's own transforms.
+
+    For data on disk and for augmented data: nothing pre-processed is kept, and random transforms
+    are drawn anew at every replay. The data sets stay alive as long as the memory does.
+    """
+
+    def __init__(self) -> None:
+        self._sources: list[Source] = []
+        self._source_of = np.zeros(0, dtype=np.int64)
+        self._index_of = np.zeros(0, dtype=np.int64)
+        self._labels: list[np.ndarray] = []
+        self._bytes = 0
+
+    def accepts(self, source: Source) -> bool:
+        """Any source can be referred to."""
+        return True
+
+    def write(self, slots: Tensor, source: Source, indices: Tensor) -> None:
+        """Point ``slots`` at the samples ``indices`` of ``source``."""
+        if not len(slots):
+            return
+        needed, labels = int(slots.max()) + 1, _labels(source, indices)
+        if not self._labels:
+            self._labels = [np.zeros(0, np.int64) for _ in labels]
+        if needed > len(self):
+            rows = max(needed, len(self) + len(self) // 2)
+            self._source_of, self._index_of, *self._labels = (
+                np.concatenate([a, np.zeros(rows - len(a), np.int64)])
+                for a in (self._source_of, self._index_of, *self._labels)
+            )
+        for stored, values in zip(self._labels, labels, strict=True):
+            stored[slots.numpy()] = values.numpy()
+        self._source_of[slots.numpy()] = len(self._sources)
+        self._index_of[slots.numpy()] = indices.numpy()
+        self._sources.append(source)
+        self._drop_unused()
+        self._bytes = max(self._bytes, sample_bytes(source, int(indices[0])))
+
+    def _drop_unused(self) -> None:
+        used, self._source_of = np.unique(self._source_of, return_inverse=True)
+        self._sources = [self._sources[k] for k in used]
+
+    def gather(self, indices: Tensor) -> Batch:
+        """See ``Source``."""
+        at = indices.numpy()
+        owner = self._source_of[at]
+        order = np.argsort(owner, kind="stable")
+        runs = np.split(order, np.flatnonzero(np.diff(owner[order])) + 1)
+        read = [
+            self._sources[owner[run[0]]].gather(torch.from_numpy(self._index_of[at[run]]))
+            for run in runs
+        ]
+        back = torch.from_numpy(np.argsort(order))
+        return [torch.cat(c).index_select(0, back) for c in zip(*read, strict=True)]
+
+    def labels(self, indices: Tensor) -> Batch:
+        """Labels, and task labels where there are any, without reading a sample."""
+        return [torch.from_numpy(a[indices.numpy()]) for a in self._labels]
+
+    def __len__(self) -> int:
+        return len(self._source_of)
+
+    def bytes_per_sample(self) -> int:
+        """Bytes of one sample as the data set holds it, before transforms (largest seen)."""
+        return self._bytes
+
+    def trim(self, used: int) -> None:
+        """Give back the rows behind ``used``."""
+        self._source_of, self._index_of = self._source_of[:used], self._index_of[:used]
+        self._labels = [a[:used] for a in self._labels]
+
+
+def store_for(source: Source, capacity: int | None) -> TensorStore | ReferenceStore:
+    """Copies for samples in tensors, references for everything else."""
+    return TensorStore(source, capacity) if isinstance(source, TensorSource) else ReferenceStore()
+
+
+def sample_bytes(source: Source, index: int) -> int:
+    """Bytes of one sample before any transform: image planes, tensors, arrays, 8 per number."""
+    if isinstance(source, DatasetSource):
+        dataset = source.dataset
+        if hasattr(dataset, "remove_current_transform_group"):
+            dataset = dataset.remove_current_transform_group()
+        return sum(_bytes(part) for part in dataset[index])
+    return sum(_bytes(c[0]) for c in source.gather(torch.tensor([index])))
+
+
+def _bytes(part: Any) -> int:
+    if isinstance(part, Tensor | np.ndarray):
+        return int(part.nbytes)
+    if hasattr(part, "getbands"):  # a PIL image
+        return part.width * part.height * len(part.getbands())
+    return 8
+
+
+def _labels(source: Any, indices: Tensor) -> Batch:
+    if hasattr(source, "labels"):
+        return source.labels(indices)
+    if isinstance(source, TensorSource):
+        return [c[indices] for c in source.columns[1:]]
+    names = ("targets", "targets_task_labels")
+    values = [attribute_values(source.dataset, name) for name in names]
+    return [v[indices] for v in values if v is not None]
+
+
+def _columns(source: Source) -> Sequence[Tensor]:
+    assert isinstance(source, TensorSource)
+    return source.columns
+
+
+def _grown(column: Tensor, rows: int) -> Tensor:
+    bigger = column.new_empty((rows, *column.shape[1:]))
+    bigger[: len(column)] = column
+    return bigger
