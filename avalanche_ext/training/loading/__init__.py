@@ -1,1 +1,1 @@
-"""How batches are put together: *which* samples (sampling), *where* they live (sources), the loader."""
+"""How batches are put together: which samples, where they live, and the loader."""

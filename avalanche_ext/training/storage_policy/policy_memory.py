@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable
 from typing import Any
 
@@ -67,7 +68,7 @@ class PolicyMemory:
         datasets = self._datasets()
         ends = torch.tensor([0, *(len(d) for d in datasets.values())]).cumsum(0).tolist()
         if isinstance(self.policy, BalancedExemplarsBuffer) or group_by is None:
-            spans = zip(ends, ends[1:], strict=False)
+            spans = itertools.pairwise(ends)
             return GroupIndex.of(
                 {k: torch.arange(a, b) for k, (a, b) in zip(datasets, spans, strict=True)}
             )
