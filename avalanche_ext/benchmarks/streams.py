@@ -1,0 +1,99 @@
+"""Cut labelled images into the experiences of a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from avalanche.benchmarks import tensors_benchmark
+from torch import Tensor
+
+from avalanche_ext.training.checks import check_one_of
+
+__all__ = ["SCENARIOS", "Images", "benchmark_of", "hold_out", "split_by_class"]
+
+Images = tuple[Tensor, Tensor]
+SCENARIOS = ("class", "task", "domain")
+
+
+def split_by_class(
+    train: Images,
+    test: Images,
+    n_experiences: int,
+    *,
+    scenario: str = "class",
+    class_order: Sequence[int] | None = None,
+    train_per_experience: int | None = None,
+    seed: int = 0,
+) -> Any:
+    """A stream in which every experience brings its own classes.
+
+    Args:
+        train: Images ``(N, ...)`` and labels ``(N,)``.
+        test: The same for the test stream; it is cut like the training stream.
+        n_experiences: Number of experiences; it must divide the number of classes.
+        scenario: ``"class"``: labels 0, 1, 2, ... in the order of arrival, one head, no task
+            label. ``"task"``: labels start again at 0 in every experience and the task label is
+            given. ``"domain"``: labels start again at 0 and no task label is given.
+        class_order: The classes in the order of arrival; ascending by default.
+        train_per_experience: Keep this many random training images of each experience.
+        seed: Seed of that choice.
+
+    Raises:
+        ValueError: If the classes cannot be divided, or the order is not a permutation of them.
+    """
+    check_one_of("split_by_class", "scenario", scenario, SCENARIOS)
+    classes = sorted(train[1].unique().tolist())
+    order = classes if class_order is None else [int(c) for c in class_order]
+    if sorted(order) != classes:
+        raise ValueError(f"class_order must be a permutation of {classes}; got {order}.")
+    if n_experiences < 1 or len(classes) % n_experiences:
+        raise ValueError(
+            f"{len(classes)} classes cannot be cut into {n_experiences} equal experiences; use a "
+            f"divisor of {len(classes)}."
+        )
+    per = len(classes) // n_experiences
+    chosen = [order[i * per : (i + 1) * per] for i in range(n_experiences)]
+    generator = torch.Generator().manual_seed(seed)
+
+    def cut(images: Images, k: int) -> Images:
+        x, y = images
+        own = torch.tensor(chosen[k])
+        mine = torch.isin(y, own)
+        position = (y[mine][:, None] == own).int().argmax(1)
+        return x[mine], position + (k * per if scenario == "class" else 0)
+
+    streams = [
+        [cut(images, k) for k in range(n_experiences)] for images in (train, test)
+    ]  # fmt: skip
+    streams[0] = [_thin(images, train_per_experience, generator) for images in streams[0]]
+    return benchmark_of(*streams, task_labels=scenario == "task")
+
+
+def benchmark_of(train: list[Images], test: list[Images], *, task_labels: bool = False) -> Any:
+    """An Avalanche benchmark with one experience for each pair of tensors."""
+    return tensors_benchmark(
+        train_tensors=train,
+        test_tensors=test,
+        task_labels=list(range(len(train))) if task_labels else [0] * len(train),
+    )
+
+
+def hold_out(images: Images, share: float = 0.2, seed: int = 0) -> tuple[Images, Images]:
+    """Split images at random into a larger and a smaller part, the same share of each class."""
+    x, y = images
+    generator = torch.Generator().manual_seed(seed)
+    out = torch.zeros(len(y), dtype=torch.bool)
+    for c in y.unique():
+        mine = torch.nonzero(y == c)[:, 0]
+        order = torch.randperm(len(mine), generator=generator)
+        out[mine[order[: round(share * len(mine))]]] = True
+    return (x[~out], y[~out]), (x[out], y[out])
+
+
+def _thin(images: Images, n: int | None, generator: torch.Generator) -> Images:
+    if n is None or n >= len(images[1]):
+        return images
+    kept = torch.randperm(len(images[1]), generator=generator)[:n]
+    return images[0][kept], images[1][kept]

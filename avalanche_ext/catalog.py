@@ -1,0 +1,192 @@
+"""The methods: key -> card. The only registry; tests, recipes, tables and commands read it."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from avalanche_ext.recipes import RECIPES, Recipe
+
+__all__ = ["CATALOG", "Card", "find_card"]
+
+
+@dataclass(frozen=True)
+class Card:
+    """One method.
+
+    Args:
+        key: Its key.
+        title: Its name in tables.
+        summary: One line.
+        family: Row of the catalog.
+        parts: Gives the classes that make it up; imports them only then.
+        build: Plugins for a recipe.
+        strategy: Gives the strategy class; Avalanche's ``Naive`` by default.
+        ours: Whether the method is implemented here, or is Avalanche's, for comparison.
+    """
+
+    key: str
+    title: str
+    summary: str
+    family: str
+    parts: Callable[[], tuple[type, ...]]
+    build: Callable[[Any], list[Any]]
+    strategy: Callable[[], type] | None = None
+    ours: bool = True
+
+    @property
+    def recipes(self) -> list[Recipe]:
+        """The recipes of this method."""
+        return [r for r in RECIPES.values() if r.method == self.key]
+
+    def strategy_class(self) -> type:
+        """The Avalanche strategy that runs the plugins."""
+        if self.strategy is not None:
+            return self.strategy()
+        from avalanche.training.supervised import Naive
+
+        return Naive
+
+    def text(self) -> str:
+        """The card: for each part its module's text and its arguments."""
+        pages = [f"{self.title} ({self.key}): {self.summary}"]
+        for part in self.parts():
+            module = sys.modules[part.__module__]
+            arguments = inspect.cleandoc(part.__doc__ or "")
+            card = inspect.cleandoc(module.__doc__ or "") if self.ours else ""
+            pages += [card, f"{part.__name__}\n\n{arguments}"]
+        names = "\n".join(f"  {r.name}" for r in self.recipes)
+        return "\n\n".join(p for p in [*pages, f"Recipes:\n{names}"] if p)
+
+
+def find_card(key: str) -> Card:
+    """The card of a key.
+
+    Raises:
+        ValueError: If there is none; near matches are listed.
+    """
+    if key in CATALOG:
+        return CATALOG[key]
+    near = difflib.get_close_matches(key, CATALOG, n=3, cutoff=0.4)
+    raise ValueError(
+        f"there is no method {key!r}. {'Close: ' + ', '.join(near) + '. ' if near else ''}"
+        f"Methods: {', '.join(CATALOG)}."
+    )
+
+
+def _drl(recipe: Any) -> Any:
+    from avalanche_ext import DRLPlugin
+
+    return DRLPlugin(recipe.lam, form=recipe.form, layers=recipe.layers)
+
+
+def _ber(recipe: Any) -> Any:
+    from avalanche_ext import BERPlugin
+
+    return BERPlugin(
+        recipe.mem,
+        mem_scope=recipe.mem_scope,
+        mode=recipe.mode,
+        group_by=recipe.group_by,
+        max_groups=recipe.max_groups,
+    )
+
+
+def _er(recipe: Any) -> Any:
+    from avalanche_ext import ERPlugin
+
+    return ERPlugin(recipe.mem, mem_scope=recipe.mem_scope)
+
+
+def _shuffle(recipe: Any) -> Any:
+    from avalanche_ext import ShuffleReplayPlugin
+
+    return ShuffleReplayPlugin(recipe.mem, mem_scope=recipe.mem_scope)
+
+
+def _per_experience(recipe: Any) -> int:
+    """Avalanche's GEM and A-GEM count per experience; a total budget is shared out beforehand."""
+    total = recipe.mem_scope == "total"
+    return recipe.mem // recipe.benchmark.n_experiences if total else recipe.mem
+
+
+def _gem(recipe: Any) -> Any:
+    from avalanche.training.plugins import GEMPlugin
+
+    return GEMPlugin(_per_experience(recipe), recipe.memory_strength)
+
+
+def _agem(recipe: Any) -> Any:
+    from avalanche.training.plugins import AGEMPlugin
+
+    # One mini-batch of memory per past experience, as many as BER sees.
+    sample = recipe.batch_size * max(1, recipe.benchmark.n_experiences - 1)
+    return AGEMPlugin(_per_experience(recipe), sample)
+
+
+def _joint_plugins(recipe: Any) -> list[Any]:
+    from avalanche.training.plugins import FromScratchTrainingPlugin
+
+    return [FromScratchTrainingPlugin()]
+
+
+def _ours(*names: str) -> Callable[[], tuple[type, ...]]:
+    def parts() -> tuple[type, ...]:
+        import avalanche_ext
+
+        return tuple(getattr(avalanche_ext, name) for name in names)
+
+    return parts
+
+
+def _plugin(name: str) -> Callable[[], tuple[type, ...]]:
+    def parts() -> tuple[type, ...]:
+        from avalanche.training import plugins
+
+        return (getattr(plugins, name),)
+
+    return parts
+
+
+def _naive() -> tuple[type, ...]:
+    from avalanche.training.supervised import Naive
+
+    return (Naive,)
+
+
+def _cumulative() -> type:
+    from avalanche.training.supervised import Cumulative
+
+    return Cumulative
+
+
+CATALOG: dict[str, Card] = {
+    card.key: card
+    for card in (
+        Card("naive", "Naive", "train on, forget; the lower bound", "plain", _naive,
+             lambda recipe: [], ours=False),
+        Card("joint", "Joint", "train anew on all data seen so far; the upper bound", "plain",
+             lambda: (_cumulative(),), _joint_plugins, _cumulative, ours=False),
+        Card("er", "ER", "half the batch from memory", "replay", _ours("ERPlugin"),
+             lambda recipe: [_er(recipe)]),
+        Card("ber", "BER", "each past group in every batch", "replay", _ours("BERPlugin"),
+             lambda recipe: [_ber(recipe)]),
+        Card("shuffle_replay", "Shuffle", "the memory shuffled into the new data", "replay",
+             _ours("ShuffleReplayPlugin"), lambda recipe: [_shuffle(recipe)]),
+        Card("drl", "DRL", "discriminative representation loss, without replay", "replay",
+             _ours("DRLPlugin"), lambda recipe: [_drl(recipe)]),
+        Card("drl_er", "DRL+ER", "discriminative representation loss with ER", "replay",
+             _ours("DRLPlugin", "ERPlugin"), lambda recipe: [_drl(recipe), _er(recipe)]),
+        Card("drl_ber", "DRL+BER", "discriminative representation loss with BER, the paper's own",
+             "replay", _ours("DRLPlugin", "BERPlugin"),
+             lambda recipe: [_drl(recipe), _ber(recipe)]),
+        Card("gem", "GEM", "Avalanche's gradient episodic memory", "replay", _plugin("GEMPlugin"),
+             lambda recipe: [_gem(recipe)], ours=False),
+        Card("agem", "A-GEM", "Avalanche's averaged GEM", "replay", _plugin("AGEMPlugin"),
+             lambda recipe: [_agem(recipe)], ours=False),
+    )
+}  # fmt: skip

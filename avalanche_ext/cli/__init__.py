@@ -1,0 +1,1 @@
+"""The command ``avalanche-ext``: one thin file per subcommand."""

@@ -1,0 +1,33 @@
+"""``avalanche-ext``: list, card, run, report."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from avalanche_ext.cli import card, list_methods, report, run
+
+__all__ = ["main"]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; 0 on success, 2 with one clear line on a mistake of the user's."""
+    parser = argparse.ArgumentParser(
+        prog="avalanche-ext", description="Continual-learning methods as Avalanche plugins."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for module in (list_methods, card, run, report):
+        module.add_parser(commands)
+    options = parser.parse_args(arguments)
+    try:
+        return options.execute(options)
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        print(f"avalanche-ext: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\navalanche-ext: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
