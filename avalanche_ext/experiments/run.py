@@ -31,7 +31,7 @@ from avalanche_ext.experiments.observers import EventLog, Progress, SampleCounte
 from avalanche_ext.models.mlp import MLP
 from avalanche_ext.recipes.base import Recipe, to_json
 
-__all__ = ["FinishedError", "run_recipe", "run_seed"]
+__all__ = ["FinishedError", "build_strategy", "run_recipe", "run_seed", "summarise", "versions"]
 
 Say = Callable[[str], None]
 
@@ -107,27 +107,21 @@ def run_seed(recipe: Recipe, seed: int, folder: Path, *, device: str = "cpu") ->
     card = find_card(recipe.method)
     benchmark = recipe.benchmark.build(seed)
     RNGManager.set_random_seeds(seed)  # after the benchmark, which draws random numbers too
-    model = MLP(recipe.benchmark.input_features, recipe.hidden, recipe.benchmark.n_outputs)
     events = EventLog(folder / "events.jsonl")
     board = TensorboardLogger(str(folder / "tensorboard"))
     title = f"{card.title}, seed {seed}"
     progress = Progress(title, len(benchmark.train_stream), recipe.epochs)
     counter = SampleCounter()
-    strategy = card.strategy_class()(
-        model=model,
-        optimizer=torch.optim.SGD(model.parameters(), recipe.lr, recipe.momentum),
-        criterion=torch.nn.CrossEntropyLoss(),
-        train_mb_size=recipe.batch_size,
-        train_epochs=recipe.epochs,
-        eval_mb_size=512,
-        device=device,
-        plugins=[*card.build(recipe), counter, progress],
+    strategy = build_strategy(
+        recipe,
+        plugins=[counter, progress],
         evaluator=EvaluationPlugin(
             loss_metrics(epoch=True),
             accuracy_metrics(experience=True, stream=True),
             loggers=[events, board],
             strict_checks=False,
         ),
+        device=device,
     )
     matrix, seconds = [], 0.0
     for experience in benchmark.train_stream:
@@ -146,7 +140,7 @@ def run_seed(recipe: Recipe, seed: int, folder: Path, *, device: str = "cpu") ->
         "forgetting": forgetting(matrix),
         "seconds": seconds,
         "samples_trained": counter.samples,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": sum(p.numel() for p in strategy.model.parameters()),
         "bytes_remembered": bytes_remembered(strategy),
         "versions": versions(),
         "device": str(strategy.device),
@@ -158,6 +152,32 @@ def run_seed(recipe: Recipe, seed: int, folder: Path, *, device: str = "cpu") ->
     events.write({"event": "finished", "average_accuracy": result["average_accuracy"]})
     _write_json(folder / "result.json", result)
     return result
+
+
+def build_strategy(
+    recipe: Recipe,
+    *,
+    plugins: Sequence[Any] = (),
+    evaluator: EvaluationPlugin | None = None,
+    device: str = "cpu",
+) -> Any:
+    """The Avalanche strategy of a recipe: network, SGD and the method's plugins, then ``plugins``.
+
+    The network's first weights come from torch's global random state: seed it before.
+    """
+    card = find_card(recipe.method)
+    model = MLP(recipe.benchmark.input_features, recipe.hidden, recipe.benchmark.n_outputs)
+    return card.strategy_class()(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), recipe.lr, recipe.momentum),
+        criterion=torch.nn.CrossEntropyLoss(),
+        train_mb_size=recipe.batch_size,
+        train_epochs=recipe.epochs,
+        eval_mb_size=512,
+        device=device,
+        plugins=[*card.build(recipe), *plugins],
+        evaluator=evaluator,
+    )
 
 
 def summarise(folder: Path, recipe: Recipe, seeds: Sequence[int]) -> dict[str, Any]:

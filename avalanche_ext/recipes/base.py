@@ -36,8 +36,15 @@ class BenchmarkSettings:
     train_per_experience: int | None = None
     validation: bool = False
 
-    input_features = 784
-    n_classes = 10
+    @property
+    def input_features(self) -> int:
+        """Numbers per image."""
+        return 784
+
+    @property
+    def n_outputs(self) -> int:
+        """Units of the head."""
+        return 10
 
     def build(self, seed: int) -> Any:
         """The Avalanche benchmark; ``seed`` decides which images a thinned stream keeps."""
@@ -53,7 +60,11 @@ class SplitDigits(BenchmarkSettings):
     """``benchmarks.split_digits``: scikit-learn's digits, nothing to download."""
 
     scenario: str = "class"
-    input_features = 64
+
+    @property
+    def input_features(self) -> int:
+        """Numbers per image."""
+        return 64
 
     @property
     def n_outputs(self) -> int:
@@ -78,7 +89,11 @@ class SplitMNIST(SplitDigits):
     """``benchmarks.split_mnist``."""
 
     download: bool = False
-    input_features = 784
+
+    @property
+    def input_features(self) -> int:
+        """Numbers per image."""
+        return 784
 
     def build(self, seed: int) -> Any:
         """See ``BenchmarkSettings``."""
@@ -100,7 +115,6 @@ class PermutedMNIST(BenchmarkSettings):
 
     n_experiences: int = 10
     download: bool = False
-    n_outputs = 10
 
     def build(self, seed: int) -> Any:
         """See ``BenchmarkSettings``."""

@@ -97,7 +97,9 @@ def _permuted(scope: str) -> ReplayRecipe:
     )
 
 
-_DIGITS = ReplayRecipe(name="", method="", benchmark=SplitDigits(), mem=50, epochs=10, lr=0.05)
+_DIGITS = ReplayRecipe(
+    name="", method="", benchmark=SplitDigits(), mem=50, epochs=10, lr=0.1, lam=3e-3
+)
 
 RECIPES: dict[str, ReplayRecipe] = {
     **_table(_DIGITS, "split_digits"),

@@ -1,0 +1,133 @@
+"""The command line, end to end on few images."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from avalanche_ext.catalog import CATALOG
+from avalanche_ext.cli.main import main
+from avalanche_ext.evaluation.accuracy_matrix import average_accuracy, forgetting
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of the main job, on few images."""
+    out = tmp_path_factory.mktemp("run") / "main"
+    command = ["run", "drl_ber/split_digits", "--smoke", "--seeds", "0", "1", "--out", str(out)]
+    assert main(command) == 0
+    return out, command
+
+
+def test_list_shows_every_key_and_recipe(capsys):
+    assert main(["list"]) == 0
+    shown = capsys.readouterr().out
+    for key, card in CATALOG.items():
+        assert key in shown
+        assert all(r.name in shown for r in card.recipes)
+
+
+def test_card_prints_the_card(capsys):
+    assert main(["card", "ber"]) == 0
+    shown = capsys.readouterr().out
+    assert "Alg. 1" in shown
+    assert "max_groups" in shown
+
+
+def test_a_run_writes_the_folder_that_the_architecture_fixes(finished):
+    out, _ = finished
+    assert json.loads((out / "recipe.json").read_text())["name"] == "drl_ber/split_digits"
+    for home in (
+        out,
+        out / "baselines" / "naive__split_digits",
+        out / "baselines" / "er__split_digits",
+    ):
+        for seed in (0, 1):
+            folder = home / f"seed_{seed}"
+            result = json.loads((folder / "result.json").read_text())
+            assert {
+                "recipe", "seed", "accuracy_matrix", "average_accuracy", "forgetting", "seconds",
+                "average_incremental_accuracy", "parameters", "bytes_remembered", "versions",
+                "device",
+            } <= set(result)  # fmt: skip
+            assert result["seed"] == seed
+            assert result["average_accuracy"] == average_accuracy(result["accuracy_matrix"])
+            assert result["forgetting"] == forgetting(result["accuracy_matrix"])
+            assert result["parameters"] == 64 * 100 + 100 + 100 * 100 + 100 + 100 * 10 + 10
+            assert (folder / "accuracy_matrix.png").stat().st_size > 1000
+            events = [json.loads(line) for line in (folder / "events.jsonl").open()]
+            last = [e for e in events if e.get("metric", "").endswith("test_stream/Task000")][-1]
+            assert last["metric"].startswith("Top1_Acc_Stream")
+            board = EventAccumulator(str(folder / "tensorboard")).Reload()
+            assert "accuracy_matrix" in board.Tags()["images"]
+            scalars = board.Tags()["scalars"]
+            assert any(name.startswith("Top1_Acc_Stream") for name in scalars)
+            drl = [name for name in scalars if name.startswith("DRL_L_DR")]
+            assert bool(drl) == (home == out)
+
+
+def test_the_summary_follows_from_the_results(finished):
+    out, _ = finished
+    rows = json.loads((out / "summary.json").read_text())["rows"]
+    assert [r["title"] for r in rows] == ["Naive", "ER", "DRL+BER"]
+    results = [json.loads((out / f"seed_{s}" / "result.json").read_text()) for s in (0, 1)]
+    values = [r["average_accuracy"] for r in results]
+    assert rows[2]["average_accuracy"]["values"] == values
+    assert rows[2]["average_accuracy"]["mean"] == pytest.approx(sum(values) / 2)
+
+
+def test_the_same_command_on_a_finished_run_says_so_and_changes_nothing(finished, capsys):
+    out, command = finished
+    before = (out / "seed_0" / "result.json").stat().st_mtime_ns
+    assert main(command) == 0
+    assert "finished" in capsys.readouterr().out
+    assert (out / "seed_0" / "result.json").stat().st_mtime_ns == before
+
+
+def test_an_unfinished_run_is_finished_and_the_rest_is_kept(finished, tmp_path):
+    out, command = finished
+    kept = (out / "seed_0" / "result.json").read_text()
+    lost = json.loads((out / "seed_1" / "result.json").read_text())
+    (out / "seed_1" / "result.json").unlink()
+    assert main(command) == 0
+    assert (out / "seed_0" / "result.json").read_text() == kept
+    again = json.loads((out / "seed_1" / "result.json").read_text())
+    assert again["accuracy_matrix"] == lost["accuracy_matrix"]
+
+
+def test_report_prints_the_table_from_the_records(finished, capsys):
+    out, _ = finished
+    assert main(["report", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "DRL+BER" in shown
+    assert (out / "report.md").read_text().startswith("| method | seeds |")
+    assert (out / "accuracy_matrix_drl_ber__split_digits.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["run", "drl_ber/split_digit"], "drl_ber/split_digits"),
+        (["run", "er/split_digits", "--set", "lamb=1"], "Close: lam"),
+        (["run", "er/split_digits", "--set", "lam"], "FIELD=VALUE"),
+        (["run", "er/split_digits", "--device", "abacus"], "--device 'abacus'"),
+        (["card", "drl_bear"], "drl_ber"),
+        (["report", "nowhere"], "no finished run"),
+        (["run", "ber/split_digits", "--smoke", "--set", "mem=1", "--out", "OUT"], "mem=1 in"),
+        (["run", "drl/split_digits", "--smoke", "--set", "layers=convs", "--out", "OUT"], "convs"),
+    ],
+)  # fmt: skip
+def test_a_mistake_gives_one_clear_line(command, message, capsys, tmp_path):
+    command = [str(tmp_path / "out") if word == "OUT" else word for word in command]
+    assert main(command) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("avalanche-ext: ")
+    assert message in lines[-1]
+
+
+def test_other_settings_do_not_overwrite_a_run(finished, capsys):
+    _, command = finished
+    assert main([*command, "--set", "lam=0.5"]) == 2
+    assert "lam differ" in capsys.readouterr().err

@@ -1,0 +1,85 @@
+"""Measure ratios in one run: variants interleaved, medians, the machine named."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parents[2] / "examples" / "results" / "perf"
+
+
+def interleaved(variants: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median seconds of each variant; one round runs each of them once, after a warm-up round."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for round_ in range(repeats + 1):
+        for name, run in variants.items():
+            start = time.perf_counter()
+            run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if round_:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def peak_bytes(prepare: Callable[[], Callable[[], Any]]) -> int:
+    """How far ``prepare()()`` raises the peak resident memory, in a process of its own."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def child() -> None:
+        torch.set_num_threads(1)
+        run = prepare()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        run()
+        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        sender.send((after - before) * 1024)
+
+    process = context.Process(target=child)
+    process.start()
+    result = receiver.recv()
+    process.join()
+    return result
+
+
+def arguments(description: str) -> argparse.Namespace:
+    """``--threads``, ``--repeats``, ``--out``, ``--quick``."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="small cells only, to see it run")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    return options
+
+
+def record(
+    options: argparse.Namespace, name: str, rows: list[dict[str, Any]], **facts: Any
+) -> None:
+    """Write ``OUT/name.json`` with what the figures depend on."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    data = {
+        "benchmark": name,
+        "command": f"python -m tests.perf.{name}",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "processor": f"{platform.machine()}, {os.cpu_count()} cores, {options.threads} thread(s)",
+        "repeats": options.repeats,
+        **facts,
+        "rows": rows,
+    }
+    path = options.out / f"{name}.json"
+    path.write_text(json.dumps(data, indent=1) + "\n", "utf-8")
+    print(path)

@@ -1,0 +1,102 @@
+"""Recipes are complete, named after what they run, and changed only on purpose."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from avalanche_ext.catalog import CATALOG, find_card
+from avalanche_ext.recipes import RECIPES, find_recipe, with_settings
+from avalanche_ext.recipes.base import SplitDigits, to_json
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_named_after_its_method_and_its_baselines_exist(name):
+    recipe = RECIPES[name]
+    assert recipe.name == name
+    assert name.split("/")[0] == recipe.method
+    assert recipe.method in CATALOG
+    assert all(b in RECIPES and b != name for b in recipe.baselines)
+
+
+@pytest.mark.parametrize("key", CATALOG)
+def test_every_method_runs_offline(key):
+    assert isinstance(RECIPES[f"{key}/split_digits"].benchmark, SplitDigits)
+    assert find_card(key).recipes
+
+
+def test_rows_of_one_table_share_their_protocol():
+    free = {"name", "method", "baselines", "mode"}
+    for recipe in RECIPES.values():
+        for rival in map(find_recipe, recipe.baselines):
+            ours, theirs = to_json(recipe), to_json(rival)
+            assert {k: v for k, v in ours.items() if k not in free} == {
+                k: v for k, v in theirs.items() if k not in free
+            }
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "value"),
+    [
+        ("1e-4", "lam", 1e-4),
+        ("1", "lam", 1.0),
+        ("balanced", "mode", "balanced"),
+        ("[64, 32]", "hidden", (64, 32)),
+        ("3", "max_groups", 3),
+        ("null", "max_groups", None),
+        ("None", "max_groups", None),
+        ("[4]", "seeds", (4,)),
+    ],
+)
+def test_settings_are_read_as_the_fields_type(text, field, value):
+    changed = with_settings(find_recipe("drl_ber/split_digits"), {field: text})
+    assert getattr(changed, field) == value
+    assert type(getattr(changed, field)) is type(value)
+
+
+def test_settings_of_the_benchmark_are_reached_by_a_dot():
+    changed = with_settings(find_recipe("er/split_digits"), {"benchmark.validation": "true"})
+    assert changed.benchmark.validation is True
+    assert find_recipe("er/split_digits").benchmark.validation is False
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lamb": "1"}, r"no field 'lamb'. Close: lam"),
+        ({"benchmark.n_experience": "2"}, r"Close: n_experiences"),
+        ({"lam": "much"}, r"'lam' expects float; got 'much'"),
+        ({"epochs": "1.5"}, r"'epochs' expects int"),
+        ({"epochs": "true"}, r"'epochs' expects int"),
+        ({"hidden": "100"}, r"'hidden' expects tuple\[int, ...\]"),
+    ],
+)
+def test_a_wrong_setting_names_what_was_expected(settings, message):
+    with pytest.raises(ValueError, match=message):
+        with_settings(find_recipe("drl_ber/split_digits"), settings)
+
+
+def test_unknown_names_list_near_matches():
+    with pytest.raises(ValueError, match=r"Close: .*drl_ber/split_digits"):
+        find_recipe("drl_ber/split_digit")
+    with pytest.raises(ValueError, match=r"Close: .*shuffle_replay"):
+        find_card("shuffle")
+
+
+def test_recipes_cannot_be_changed_in_place():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        find_recipe("er/split_digits").lr = 1.0
+
+
+@pytest.mark.parametrize("key", CATALOG)
+def test_a_card_tells_what_it_is_and_lists_its_recipes(key):
+    text = find_card(key).text()
+    assert f"{key}/split_digits" in text
+    assert not find_card(key).ours or "Faithfulness:" in text
+
+
+def test_drls_card_opens_with_the_sign():
+    opening = find_card("drl_ber").text()[:1200]
+    for fact in ("L_bt - L_wi", "unbounded below", "578 steps", 'form="eq3"'):
+        assert fact in opening
