@@ -110,11 +110,14 @@ def load_mnist(root: str | Path | None = None, download: bool = False) -> tuple[
 
     default = Path(default_dataset_location("mnist"))
     places = [Path(root).expanduser()] if root else [default, default.parent]
-    found = next((p for p in places if (p / "MNIST" / "raw").is_dir()), None)
+    names = [f"{part}-{kind}-ubyte" for part in ("train", "t10k")
+             for kind in ("images-idx3", "labels-idx1")]  # fmt: skip
+    complete = [p for p in places if all((p / "MNIST" / "raw" / n).is_file() for n in names)]
+    found = complete[0] if complete else None
     if found is None and not download:
         raise FileNotFoundError(
             f"MNIST is not in {' or '.join(str(p / 'MNIST' / 'raw') for p in places)}. Put the "
-            f"four *-ubyte files there, name their folder with root=, or pass download=True."
+            f"four files {', '.join(names)} there, name their folder with root=, or pass download=True."
         )
     parts = []
     for train in (True, False):

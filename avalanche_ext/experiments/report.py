@@ -26,16 +26,8 @@ def report(folder: Path) -> tuple[str, list[Path]]:
     rows = table_rows(folder)
     written = []
     for row in rows:
-        name = row["recipe"].replace("/", "__")
-        home = folder / "baselines" / name
-        home = home if home.exists() else folder
-        matrices = [
-            json.loads(p.read_text("utf-8"))["accuracy_matrix"]
-            for p in sorted(home.glob("seed_*/result.json"))
-        ]
-        if not matrices:
-            continue  # a committed record: the summary without the seeds' folders
-        path = folder / f"accuracy_matrix_{name}.png"
+        matrices = row["accuracy_matrices"]
+        path = folder / f"accuracy_matrix_{row['recipe'].replace('/', '__')}.png"
         title = f"{row['title']}: accuracy %, mean of {len(matrices)}"
         draw_accuracy_matrix(np.mean(matrices, axis=0).tolist(), title).savefig(path, dpi=110)
         written.append(path)

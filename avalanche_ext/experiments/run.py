@@ -94,7 +94,12 @@ def run_recipe(
             f"forgetting {100 * result['forgetting']:.1f} %, {result['seconds']:.1f} s"
         )
     rows = [summarise(folder, member, recipe.seeds) for folder, member in members]
-    summary = {"recipe": recipe.name, "rows": rows[1:] + rows[:1]}
+    summary = {
+        "recipe": recipe.name,
+        "device": device,
+        "versions": versions(),
+        "rows": rows[1:] + rows[:1],
+    }
     _write_json(out / "summary.json", summary)
     return summary
 
@@ -193,6 +198,8 @@ def summarise(folder: Path, recipe: Recipe, seeds: Sequence[int]) -> dict[str, A
         "recipe": recipe.name,
         "seeds": len(seeds),
         **{field: aggregate([r[field] for r in results]) for field, *_ in COLUMNS},
+        "parameters": results[0]["parameters"],
+        "accuracy_matrices": [r["accuracy_matrix"] for r in results],
     }
 
 

@@ -1,8 +1,8 @@
 r"""How diverse are gradients and representations: similarity of pairs of samples, by class.
 
-The paper's argument in numbers: samples of different classes that look alike to the network pull
-its weights in opposite directions. ``similarity_report`` measures that for any model and batch
-without Avalanche's loop, ``GradientDiversity`` after each experience of a run.
+Samples of different classes that look alike to a network pull its weights in opposite directions.
+``similarity_report`` measures that for a model and a batch, without Avalanche's loop;
+``GradientDiversity`` does so after each experience of a run.
 
 Reference:
     Chen et al. (2020), Discriminative Representation Loss (DRL) for Continual Learning: A Solution
@@ -29,7 +29,7 @@ from avalanche.evaluation.metric_utils import get_metric_name
 from avalanche.models.utils import is_multi_task_module
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 
 from avalanche_ext.functional.similarity import (
     PairSplit,
@@ -83,7 +83,7 @@ class SimilarityReport:
                     out[f"Similarity_{what}_{kind}"] = float(pairs.mean())
                 if len(pairs) > 1:
                     out[f"Similarity_sd_{what}_{kind}"] = float(pairs.std())
-                varies[what] = len(pairs) > 1 and bool(pairs.std() > 0)
+                varies[what] = len(pairs) > 1 and bool(pairs.std() > 1e-6)  # rounding
             for what in ("input", "representation"):
                 if varies[what] and varies["gradient"]:
                     r = pearson(getattr(self.gradient, kind), getattr(getattr(self, what), kind))
@@ -102,12 +102,12 @@ def similarity_report(
 ) -> SimilarityReport:
     r"""Cosine similarities of inputs, representations and per-sample gradients of a batch.
 
-    The model is measured in eval mode and handed back as it was: weights, ``.grad``, buffers, the
-    mode of each module and the global random states are the same afterwards.
+    The model is measured in eval mode and handed back as it was: weights, ``.grad``, buffers, each
+    module's mode and the global random states. Samples are taken to the model's device.
 
     Args:
-        model: Called as ``model(x)``; moved nowhere.
-        x: Samples; taken to the model's device.
+        model: Called as ``model(x)``.
+        x: Samples.
         y: Their labels.
         layers: Which outputs make up the representation, see
             ``avalanche_ext.models.recording.select_layers``. The default suits the paper's
@@ -143,27 +143,21 @@ def similarity_report(
         except (RuntimeError, ValueError) as error:
             raise ValueError(
                 f"per-sample gradients of {type(model).__name__} could not be taken "
-                f"({str(error).strip().splitlines()[0]}). torch.func.vmap must be able to run the "
-                f"model: no recurrent layer, no .item(), no branch on values, no random numbers in "
-                f"eval mode."
+                f"({str(error).strip().splitlines()[0]}). torch.func.vmap must run the model: no "
+                f"recurrent layer, no .item(), no branch on values, no random numbers."
             ) from error
-    return SimilarityReport(
-        *(
-            split_pairs(cosine_similarities(rows), y)
-            for rows in (x.float(), representations, gradients)
-        )
-    )
+    rows = (x.float(), representations, gradients)
+    return SimilarityReport(*(split_pairs(cosine_similarities(r), y) for r in rows))
 
 
 class GradientDiversity(PluginMetric[dict[str, float]]):
     """Similarities of gradients, representations and inputs on a probe, after each experience.
 
-    Measured in ``after_training_exp``, not after evaluation: every experience then gives exactly
-    one set of values, of the model as other plugins' ``after_training_exp`` left it, whether and
-    however often the run evaluates. The names are those of ``SimilarityReport.values``, such as
-    ``Similarity_gradient_different/train_phase/train_stream``: without experience, so that the
-    values of a run form one curve over iterations, and without task, because the probe holds
-    samples of several.
+    Measured in ``after_training_exp``, not after evaluation: every experience gives exactly one
+    set of values, of the model as other plugins' ``after_training_exp`` left it, however often the
+    run evaluates. Names are those of ``SimilarityReport.values``, such as
+    ``Similarity_gradient_different/train_phase/train_stream``: no experience, so that a run forms
+    one curve over iterations, and no task, because the probe holds samples of several.
 
     The probe is used for nothing but measuring. Without ``probe`` it is a simple random sample of
     all training samples of the experiences seen so far, in their eval transform: every sample draws
@@ -185,7 +179,7 @@ class GradientDiversity(PluginMetric[dict[str, float]]):
         ValueError: For a bad argument, or a model whose per-sample gradients cannot be taken.
 
     References:
-        Chen et al. (2020), Sec. 2, Figs. 1 and 2.
+        Chen et al. (2020), Sec. 2.
     """
 
     def __init__(
@@ -207,19 +201,12 @@ class GradientDiversity(PluginMetric[dict[str, float]]):
             raise TypeError(f"GradientDiversity expects a function loss(logits, y); got {loss!r}.")
         if isinstance(layers, list | tuple) and not layers:
             raise ValueError("GradientDiversity expects at least one layer; got an empty list.")
-        self.n_samples = n_samples
-        self.layers = layers
-        self.loss = loss
-        self.seed = seed
-        self.chunk_size = chunk_size
-        self._given = probe is not None
-        self._x: Tensor | None = None
-        self._y = torch.empty(0, dtype=torch.long)
-        self._keys = torch.empty(0, dtype=torch.float64)
-        self._experiences: set[tuple[str, int]] = set()
-        self._checked = False
-        self._values: dict[str, float] | None = None
+        self.n_samples, self.seed = n_samples, seed
+        self.layers, self.loss, self.chunk_size = layers, loss, chunk_size
+        self._given = False
+        self.reset()
         if probe is not None:
+            self._given = True
             self._add(_as_samples(probe), seed)
             if len(self._y) < 2:
                 raise ValueError(
@@ -228,12 +215,11 @@ class GradientDiversity(PluginMetric[dict[str, float]]):
 
     def before_training_exp(self, strategy: Any) -> None:
         """Refuse a model that cannot be measured, once, before it is trained."""
-        if self._checked:
-            return
-        samples = strategy.experience.dataset.eval()
-        if len(samples) > 1:
-            with _random_states_kept(strategy.device):
-                x, y = _take(samples, [0, 1])
+        x, y, samples = self._x, self._y, strategy.experience.dataset.eval()
+        if not self._checked and (self._given or len(samples) > 1):
+            if not self._given:
+                with _random_states_kept(strategy.device):
+                    x, y = _take(samples, (0, 1))
             self._report(strategy.model, x, y)
             self._checked = True
 
@@ -248,13 +234,9 @@ class GradientDiversity(PluginMetric[dict[str, float]]):
         if self._x is None or len(self._y) < 2:
             return []
         self._values = self._report(strategy.model, self._x, self._y).values()
+        step = strategy.clock.train_iterations
         return [
-            MetricValue(
-                self,
-                get_metric_name(name, strategy, add_experience=False, add_task=False),
-                value,
-                strategy.clock.train_iterations,
-            )
+            MetricValue(self, get_metric_name(name, strategy, add_task=False), value, step)
             for name, value in self._values.items()
         ]
 
@@ -264,19 +246,20 @@ class GradientDiversity(PluginMetric[dict[str, float]]):
 
     def reset(self) -> None:
         """Forget the last measurement and the samples of the stream; a given probe stays."""
-        self._values = None
+        self._values: dict[str, float] | None = None
         self._checked = False
-        self._experiences = set()
+        self._experiences: set[tuple[str, int]] = set()
         if not self._given:
-            self._x, self._y, self._keys = None, self._y[:0], self._keys[:0]
+            self._x: Tensor | None = None
+            self._y = torch.empty(0, dtype=torch.long)
+            self._keys = torch.empty(0, dtype=torch.float64)
 
     def __str__(self) -> str:
         return "Similarity"
 
-    def _report(self, model: nn.Module, x: Tensor, y: Tensor) -> SimilarityReport:
-        return similarity_report(
-            model, x, y, self.layers, loss=self.loss, chunk_size=self.chunk_size
-        )
+    def _report(self, model: nn.Module, x: Any, y: Tensor) -> SimilarityReport:
+        settings = {"loss": self.loss, "chunk_size": self.chunk_size}
+        return similarity_report(model, x, y, self.layers, **settings)
 
     def _add(self, samples: Any, seed: int) -> None:
         """Give each sample a random key; hold the samples with the smallest ones."""
@@ -290,9 +273,6 @@ class GradientDiversity(PluginMetric[dict[str, float]]):
         x = x if self._x is None else torch.cat([self._x, x])
         kept = keys.argsort()[: self.n_samples]
         self._keys, self._x, self._y = keys[kept], x[kept], torch.cat([self._y, y])[kept]
-
-
-# parts --------------------------------------------------------------------------------------
 
 
 def _check_integer(name: str, value: Any, low: int) -> None:
@@ -310,7 +290,7 @@ def _check_model(model: nn.Module) -> None:
             f"taken in one batch. Use a model with one head that is called as model(x)."
         )
     if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError(f"{name} has no trainable parameter, so there are no gradients to compare.")
+        raise ValueError(f"{name} has no trainable parameter, hence no gradients to compare.")
     mixing = [
         n for n, m in model.named_modules()
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None
@@ -339,8 +319,8 @@ def _representations(model: nn.Module, x: Tensor, y: Tensor, layers: LayerSpec) 
         )
     if logits.ndim == 2 and not 0 <= int(y.min()) <= int(y.max()) < logits.shape[1]:
         raise ValueError(
-            f"the samples have labels {int(y.min())} to {int(y.max())}, but the model's output has "
-            f"{logits.shape[1]} units (labels 0 to {logits.shape[1] - 1})."
+            f"the samples have labels {int(y.min())} to {int(y.max())}, but the model has "
+            f"{logits.shape[1]} outputs; measure samples of known classes, or widen the head."
         )
     if with_logits:
         masks = [getattr(m, "mask_value", None) for m in model.modules()]
@@ -362,7 +342,8 @@ def _representations(model: nn.Module, x: Tensor, y: Tensor, layers: LayerSpec) 
 def _as_it_was(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; afterwards every module's own mode and every buffer's value are back."""
     modes = [(m, m.training) for m in model.modules()]
-    buffers = [(b, b.clone()) for b in model.buffers()]
+    owners = [(m._buffers, name) for m in model.modules() for name in m._buffers]
+    buffers = [(o, n, o[n], o[n].clone()) for o, n in owners if o[n] is not None]
     try:
         for module, _ in modes:
             module.training = False
@@ -371,7 +352,8 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
         for module, training in modes:
             module.training = training
         with torch.no_grad():
-            for buffer, value in buffers:
+            for owner, name, buffer, value in buffers:
+                owner[name] = buffer
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
 
@@ -389,19 +371,6 @@ def _random_states_kept(device: torch.device | str) -> Iterator[None]:
         np.random.set_state(states[1])  # noqa: NPY002
 
 
-class _Pair:
-    """Two tensors as a sequence of samples."""
-
-    def __init__(self, x: Tensor, y: Tensor) -> None:
-        self.x, self.y = x, y
-
-    def __len__(self) -> int:
-        return len(self.y)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.x[index], self.y[index]
-
-
 def _as_samples(probe: Any) -> Any:
     if isinstance(probe, tuple | list):
         if len(probe) == 2 and all(isinstance(part, Tensor) for part in probe):
@@ -410,8 +379,8 @@ def _as_samples(probe: Any) -> Any:
                     f"GradientDiversity expects a probe (x, y) of shapes (N, ...) and (N,); got "
                     f"{tuple(probe[0].shape)} and {tuple(probe[1].shape)}."
                 )
-            return _Pair(*probe)
-    elif hasattr(probe, "__getitem__") and hasattr(probe, "__len__"):
+            return TensorDataset(*probe)
+    elif not isinstance(probe, Tensor) and hasattr(probe, "__getitem__"):
         return probe.eval() if callable(getattr(probe, "eval", None)) else probe
     raise TypeError(
         f"GradientDiversity expects probe to be two tensors (x, y) or a data set of (x, y, ...); "
