@@ -2,8 +2,8 @@
 
     python examples/drl_ber_validation.py drl_ber/split_mnist_small --lr 0.05 0.1 --lam 0 3e-4 1e-3
 
-Trains every combination on four fifths of the training images, tests on the last fifth, and writes
-the mean and sample standard deviation over seeds to ``OUT/validation.json``. ``lam`` 0 is BER alone.
+Trains every combination on four fifths of the training images, tests on the last fifth, and
+writes mean and sample standard deviation to ``OUT/validation.json``. ``lam`` 0 is BER alone.
 """
 
 from __future__ import annotations

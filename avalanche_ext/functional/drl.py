@@ -10,22 +10,31 @@ Notation: ``h_i`` is the flattened representation of sample ``i`` in one layer, 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-__all__ = ["FORMS", "GRAM_MAX_BATCH", "DRLForm", "DRLTerms", "drl_combine", "drl_loss", "drl_terms"]
+__all__ = [
+    "FORMS",
+    "GRAM_MAX_PRODUCTS",
+    "DRLForm",
+    "DRLTerms",
+    "drl_combine",
+    "drl_loss",
+    "drl_terms",
+]
 
 Method = Literal["auto", "gram", "class_sums"]
 
-# Up to this batch size one small matrix product costs less than the passes over the rows that the
-# class sums need; tests/perf/drl_loss.py measures the crossing.
-GRAM_MAX_BATCH = 32
-
+# Up to this many products (batch size times numbers in the batch) the Gram form, which is little
+# work in few operations, takes less time than the class sums; tests/perf/drl_loss.py measures it.
+GRAM_MAX_PRODUCTS = 1 << 21
+# Small layers are put side by side: one product instead of one for each.
+_JOIN_NUMEL = 1 << 18
 # Half-precision rows are widened in blocks of about this many numbers, never all at once.
 _BLOCK_NUMEL = 1 << 20
 
@@ -141,14 +150,17 @@ def drl_terms(
     """
     layers = [representations] if isinstance(representations, Tensor) else list(representations)
     _check(layers, targets, method)
+    numel = sum(h.numel() for h in layers)
     if method == "auto":
-        method = "gram" if len(targets) <= GRAM_MAX_BATCH else "class_sums"
-    with torch.autocast(device_type=targets.device.type, enabled=False):
+        method = "gram" if len(targets) * numel <= GRAM_MAX_PRODUCTS else "class_sums"
+    with _full_precision(targets.device.type):
         rows = [_flat(h, normalize) for h in layers]
+        if len(rows) > 1 and numel <= _JOIN_NUMEL:
+            rows = [torch.cat(rows, dim=1)]  # inner products add up over layers
         if method == "gram":
             same = targets[:, None] == targets[None, :]
-            between = ~same
-            within = same.clone().fill_diagonal_(False)
+            between = (~same).flatten()
+            within = same.fill_diagonal_(False).flatten()
             sums = [_gram_sums(h, between, within) for h in rows]
             pairs = between.sum(), within.sum()
         else:
@@ -157,16 +169,24 @@ def drl_terms(
             squares = counts.square().sum()
             pairs = len(targets) ** 2 - squares, squares - len(targets)
             sums = [_ClassSums.apply(h, class_of, counts) for h in rows]
-        between_sum = torch.stack([s[0] for s in sums]).sum()
-        within_sum = torch.stack([s[1] for s in sums]).sum()
+        between_sum, within_sum = (
+            parts[0] if len(rows) == 1 else torch.stack(parts).sum()
+            for parts in zip(*sums, strict=True)
+        )
     return DRLTerms(between_sum, within_sum, *pairs)
+
+
+def _full_precision(device_type: str) -> Any:
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type=device_type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _check(layers: list[Tensor], targets: Tensor, method: str) -> None:
     if not layers:
         raise ValueError("drl expects at least one layer's representations; got an empty list.")
-    if targets.ndim != 1:
-        raise ValueError(f"drl expects targets (B,); got {tuple(targets.shape)}.")
+    if targets.ndim != 1 or len(targets) < 1:
+        raise ValueError(f"drl expects targets (B,) with B >= 1; got {tuple(targets.shape)}.")
     for h in layers:
         if h.ndim < 1 or len(h) != len(targets):
             raise ValueError(
@@ -189,8 +209,8 @@ def _accumulation_dtype(h: Tensor) -> torch.dtype:
 def _gram_sums(h: Tensor, between: Tensor, within: Tensor) -> tuple[Tensor, Tensor]:
     """The definition: every inner product, masked. The oracle of ``_ClassSums``."""
     h = h.to(_accumulation_dtype(h))
-    gram = h @ h.T
-    return (gram * between).sum(), (gram * within).sum()
+    gram = (h @ h.T).flatten()
+    return gram.dot(between.to(gram.dtype)), gram.dot(within.to(gram.dtype))
 
 
 class _ClassSums(torch.autograd.Function):
@@ -203,8 +223,8 @@ class _ClassSums(torch.autograd.Function):
     One class alone gives exactly 0 in the first, classes of one sample exactly 0 in the second.
     Norms are subtracted in float64: on zero-mean representations the difference is small.
     The gradient of :math:`a S_{bt} + b S_{wi}` at :math:`h_i` is
-    :math:`2a\,T + 2(b - a)\,S_{y_i} - 2b\,h_i`: a row of a small table, less a multiple of
-    :math:`h_i`.
+    :math:`2a\,(T - S_{y_i}) + 2b\,(S_{y_i} - h_i)`: a row of a small table, less a multiple of
+    :math:`h_i`; the second part is left out, not rounded to nearly 0, for a class of one sample.
     """
 
     @staticmethod
@@ -224,21 +244,24 @@ class _ClassSums(torch.autograd.Function):
         crowded = counts > 1
         of_sums = _square_norms(sums) * crowded
         of_rows = norms * crowded[class_of]
-        ctx.save_for_backward(h, class_of, sums, total)
+        ctx.save_for_backward(h, class_of, sums, total, crowded)
         return between, (of_sums.sum() - of_rows.sum()).to(dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_between: Tensor, grad_within: Tensor):  # type: ignore[override]
-        h, class_of, sums, total = ctx.saved_tensors
-        table = 2 * grad_between * total + 2 * (grad_within - grad_between) * sums
+        h, class_of, sums, total, crowded = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for a second derivative autograd has to see the sums grow
+            sums = torch.zeros_like(sums).index_add(0, class_of, h.to(sums.dtype))
+            total = sums.sum(0)
+        weight = (2 * grad_within * crowded)[:, None]
+        table = (total - sums).mul_(2 * grad_between).addcmul_(weight, sums)
         if h.dtype == table.dtype:
             grad = table.index_select(0, class_of)
-            return grad.addcmul_(h, -2 * grad_within), None, None
+            return grad.addcmul_(h, weight[class_of], value=-1), None, None
         grad = torch.empty_like(h)
         for rows in _blocks(h):
             row = table.index_select(0, class_of[rows])
-            grad[rows] = row.addcmul_(h[rows].to(table.dtype), -2 * grad_within)
+            grad[rows] = row.addcmul_(h[rows].to(table.dtype), weight[class_of[rows]], value=-1)
         return grad, None, None
 
 
