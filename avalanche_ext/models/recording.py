@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["ActivationRecorder", "LayerSpec", "select_layers"]
+__all__ = ["ActivationRecorder", "LayerSpec", "Tap", "identity", "select_layers"]
 
 LayerSpec = (
     str | type[nn.Module] | Sequence[str | type[nn.Module]] | Callable[[str, nn.Module], bool]
@@ -56,6 +57,7 @@ def select_layers(model: nn.Module, layers: LayerSpec = "auto") -> tuple[list[Ta
     Raises:
         ValueError: If something named matches no module; near matches are listed.
     """
+    model = _bare(model)
     modules = {name: m for name, m in model.named_modules() if name}
     if isinstance(layers, str) and layers in _PRESETS:
         return _preset(model, modules, layers)
@@ -77,6 +79,17 @@ def select_layers(model: nn.Module, layers: LayerSpec = "auto") -> tuple[list[Ta
             raise ValueError(_unknown(model, modules, item))
         found += [name for name in matches if name not in found]
     return [(name, "output") for name in found], logits
+
+
+def identity(tensor: Tensor) -> tuple[int, int, int]:
+    """Equal for two outputs that are one tensor up to a flatten: memory, size and rows agree."""
+    return tensor.data_ptr(), tensor.numel(), len(tensor) if tensor.ndim else 0
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The network inside ``torch.compile`` and ``DistributedDataParallel``: its own names count."""
+    model = getattr(model, "_orig_mod", model)
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def _matches(modules: dict[str, nn.Module], item: str | type[nn.Module]) -> list[str]:
@@ -152,6 +165,8 @@ class ActivationRecorder:
 
     def __init__(self, layers: LayerSpec = "auto") -> None:
         self.layers = layers
+        self.silent: list[str] = []  # layers that gave no tensor before the last pop()
+        self._names: list[str] = []
         self._handles: list[Any] = []
         self._tensors: list[tuple[str, Tensor]] = []
 
@@ -161,7 +176,8 @@ class ActivationRecorder:
         self._tensors = []
         if taps is None:
             taps, _ = select_layers(model, self.layers)
-        modules = dict(model.named_modules())
+        self._names = [name for name, _ in taps]
+        modules = dict(_bare(model).named_modules())
         for name, side in taps:
             if side == "input":
                 hook = functools.partial(self._record_input, name)
@@ -179,9 +195,11 @@ class ActivationRecorder:
     def pop(self) -> list[tuple[str, Tensor]]:
         """The tensors recorded since ``attach``, each once, with the name of its layer."""
         tensors, self._tensors = self._tensors, []
-        seen: dict[tuple[int, int], tuple[str, Tensor]] = {}
+        heard = {name for name, _ in tensors}
+        self.silent = [name for name in self._names if name not in heard]
+        seen: dict[Any, tuple[str, Tensor]] = {}
         for name, tensor in tensors:
-            seen.setdefault((tensor.data_ptr(), tensor.numel()), (name, tensor))
+            seen.setdefault(identity(tensor), (name, tensor))
         return list(seen.values())
 
     def _record_input(self, name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:

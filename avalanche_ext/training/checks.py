@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Real
 from typing import Any
 
@@ -9,12 +10,12 @@ __all__ = ["check_experience", "check_labels_fit", "check_nonnegative", "check_o
 
 
 def check_nonnegative(owner: str, **values: Any) -> None:
-    """Raise unless every value is a real number >= 0 (booleans and NaN are not)."""
+    """Raise unless every value is a finite number >= 0 (booleans and NaN are not)."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{owner} expects a number {name} >= 0; got {value!r}.")
-        if not value >= 0:
-            raise ValueError(f"{owner} expects {name} >= 0; got {name}={value}.")
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{owner} expects a finite {name} >= 0; got {name}={value}.")
 
 
 def check_one_of(owner: str, name: str, value: Any, allowed: tuple[Any, ...]) -> None:

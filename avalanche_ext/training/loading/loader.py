@@ -87,14 +87,16 @@ class ReplayLoader:
         if not self._owns_current:
             assert isinstance(self.current, Sized)
             return len(self.current)
-        return len(_Plan(self, 0))
+        return len(_Plan(self.current, self.options, self.parts, 0))
 
     def __iter__(self) -> Iterator[Batch]:
         self.epoch += 1
+        kind = _Plan if self._owns_current else _MemoryPlan
+        plan = kind(self.current, self.options, self.parts, self.epoch)
         if self._owns_current:
-            yield from self._load(_Plan(self, self.epoch))
+            yield from self._load(plan)
         else:
-            memory = self._load(_MemoryPlan(self, self.epoch))
+            memory = self._load(plan)
             # The current loader comes first in zip: it ends the epoch, before rows are drawn.
             for batch, rows in zip(self.current, memory, strict=False):  # type: ignore[arg-type]
                 yield join_batches([list(batch), rows])
@@ -113,7 +115,7 @@ class ReplayLoader:
                 num_workers=options.num_workers,
                 pin_memory=options.pin_memory,
                 persistent_workers=options.persistent_workers and options.num_workers > 0,
-                generator=seeded(*self.parts[0].seed, -1),
+                generator=seeded(*self.parts[0].seed, plan.epoch, -1),
             )
         self._dataloader.batch_sampler.plan = plan  # type: ignore[union-attr]
         yield from self._dataloader
@@ -124,54 +126,58 @@ class ReplayLoader:
 
 @dataclass
 class _Plan:
-    """The numbers of every batch of one epoch."""
+    """The numbers of every batch of one epoch.
 
-    loader: ReplayLoader
+    It does not know its ``ReplayLoader``: in a cycle of references, worker processes would be
+    collected in an order in which each one waits for a time-out.
+    """
+
+    current: Any
+    options: LoaderOptions
+    parts: list[ReplayPart]
     epoch: int
     source: JoinedSource = field(init=False)
 
     def __post_init__(self) -> None:
-        parts = self.loader.parts
+        parts = self.parts
         self.size = self._current_size()
-        current = [self.loader.current] if self.size else []
+        current = [self.current] if self.size else []
         sizes = [self.size] * len(current) + [p.size for p in parts]
-        self.source = JoinedSource([*current, *(p.source for p in parts)], sizes)  # type: ignore
+        self.source = JoinedSource([*current, *(p.source for p in parts)], sizes)
         self.bases = self.source.bounds[len(current) : -1]
         self.generators = [seeded(*p.seed, self.epoch) for p in parts]
 
     def _current_size(self) -> int:
-        return len(self.loader.current)  # type: ignore[arg-type]
+        return len(self.current)
 
     @property
     def batch_size(self) -> int:
-        size = self.loader.options.batch_size
-        return min(part.draw.current_batch_size(size) for part in self.loader.parts)
+        size = self.options.batch_size
+        return min(part.draw.current_batch_size(size) for part in self.parts)
 
     def _pool(self) -> Tensor:
         pool = [torch.arange(self.size)]
-        for part, base in zip(self.loader.parts, self.bases, strict=True):
+        for part, base in zip(self.parts, self.bases, strict=True):
             if isinstance(part.draw, MergeDraw):
                 pool.append(part.index.slots + base)
         joined = torch.cat(pool)
-        if not self.loader.options.shuffle:
+        if not self.options.shuffle:
             return joined
-        order = seeded(*self.loader.parts[0].seed, self.epoch, -2)
+        order = seeded(*self.parts[0].seed, self.epoch, -2)
         return joined[torch.randperm(len(joined), generator=order)]
 
     def __len__(self) -> int:
         merged = sum(
-            len(p.index) for p in self.loader.parts if isinstance(p.draw, MergeDraw)
+            len(p.index) for p in self.parts if isinstance(p.draw, MergeDraw)
         )  # fmt: skip
         whole, rest = divmod(self.size + merged, self.batch_size)
-        return whole + (rest > 0 and not self.loader.options.drop_last)
+        return whole + (rest > 0 and not self.options.drop_last)
 
     def __iter__(self) -> Iterator[Tensor]:
         pool = self._pool()
         for chunk in pool.split(self.batch_size)[: len(self)]:
             keep, joining = len(chunk), []
-            for part, base, generator in zip(
-                self.loader.parts, self.bases, self.generators, strict=True
-            ):
+            for part, base, generator in zip(self.parts, self.bases, self.generators, strict=True):
                 stay, slots = part.draw.step(len(chunk), part.index, generator)
                 keep = min(keep, stay)
                 joining.append(slots + base)
@@ -185,14 +191,14 @@ class _MemoryPlan(_Plan):
         return 0
 
     def __len__(self) -> int:
-        return len(self.loader)
+        return len(self.current)
 
     def __iter__(self) -> Iterator[Tensor]:
         while True:
             drawn = [
-                part.draw.step(self.loader.options.batch_size, part.index, generator)[1] + base
+                part.draw.step(self.options.batch_size, part.index, generator)[1] + base
                 for part, base, generator in zip(
-                    self.loader.parts, self.bases, self.generators, strict=True
+                    self.parts, self.bases, self.generators, strict=True
                 )
             ]
             yield torch.cat(drawn)

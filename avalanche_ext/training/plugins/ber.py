@@ -39,7 +39,7 @@ from avalanche.training.storage_policy import ExemplarsBuffer
 
 from avalanche_ext.training.checks import check_one_of
 from avalanche_ext.training.loading.sampling import BalancedDraw, Draw, GroupIndex, PerGroupDraw
-from avalanche_ext.training.plugins.replay_template import ReplayTemplate
+from avalanche_ext.training.plugins.replay_template import ReplayTemplate, check_count
 
 __all__ = ["BERPlugin"]
 
@@ -67,6 +67,7 @@ class BERPlugin(ReplayTemplate):
     """
 
     label = "BER"
+    by_group = True
 
     def __init__(
         self,
@@ -80,9 +81,10 @@ class BERPlugin(ReplayTemplate):
     ) -> None:
         check_one_of("BERPlugin", "mode", mode, ("per_group", "balanced"))
         check_one_of("BERPlugin", "group_by", group_by, ("experience", "class", "task"))
-        if max_groups is not None and (mode != "per_group" or max_groups < 1):
+        check_count("BERPlugin", max_groups=max_groups)
+        if max_groups is not None and mode != "per_group":
             raise ValueError(
-                f"BERPlugin expects max_groups >= 1, in mode='per_group' only; got "
+                f"BERPlugin expects max_groups in mode='per_group' only; got "
                 f"max_groups={max_groups} in mode={mode!r}."
             )
         super().__init__(mem, mem_scope, group_by, storage_policy)

@@ -44,7 +44,13 @@ from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor
 
 from avalanche_ext.functional.drl import FORMS, DRLForm, drl_combine, drl_terms
-from avalanche_ext.models.recording import ActivationRecorder, LayerSpec, Tap, select_layers
+from avalanche_ext.models.recording import (
+    ActivationRecorder,
+    LayerSpec,
+    Tap,
+    identity,
+    select_layers,
+)
 from avalanche_ext.training.checks import (
     check_experience,
     check_labels_fit,
@@ -100,6 +106,8 @@ class DRLPlugin(SupervisedPlugin):
         check_nonnegative("DRLPlugin", lam=lam)
         if not isinstance(form, DRLForm):
             check_one_of("DRLPlugin", "form", form, tuple(FORMS))
+        else:
+            check_one_of("DRLPlugin", "form.reduction", form.reduction, ("pairs", "batch"))
         check_one_of("DRLPlugin", "pool", pool, (None, "gap"))
         check_one_of("DRLPlugin", "class_key", class_key, ("y", "task_y"))
         if isinstance(layers, list | tuple) and not layers:
@@ -122,6 +130,7 @@ class DRLPlugin(SupervisedPlugin):
         self._head_checked = False
         self._all_finite: Tensor | None = None
         self._task_of_label: dict[int, Any] = {}
+        self._warned = False
 
     # set-up ---------------------------------------------------------------------------------
 
@@ -206,18 +215,14 @@ class DRLPlugin(SupervisedPlugin):
 
     def _representations(self, logits: Tensor, batch_size: int) -> list[Tensor]:
         recorded = self._recorder.pop()
-        if self._logits:
-            if self._mask_value is not None:
-                # Unseen units hold a constant such as -1000, whose products would drown the rest.
-                logits = logits.masked_fill(logits == self._mask_value, 0.0)
-            recorded.append(("logits", logits))
+        self._refuse_silent_layers(self._recorder.silent)
         kept = []
-        for name, h in recorded:
-            if len(h) != batch_size:
+        for name, h in self._with_logits(recorded, logits):
+            if h.shape[:1] != (batch_size,):
                 if self._named:
                     raise ValueError(
-                        f"layer {name!r} gives {len(h)} rows for a batch of {batch_size} samples; "
-                        f"choose a layer whose first axis is the batch."
+                        f"layer {name!r} gives shape {tuple(h.shape)} for a batch of {batch_size} "
+                        f"samples; choose a layer whose first axis is the batch."
                     )
                 continue
             if h.requires_grad:  # a frozen layer's term has no gradient
@@ -228,6 +233,27 @@ class DRLPlugin(SupervisedPlugin):
                 f"on a trainable parameter. Choose a later layer, or 'logits'."
             )
         return kept
+
+    def _with_logits(
+        self, recorded: list[tuple[str, Tensor]], logits: Tensor
+    ) -> list[tuple[str, Tensor]]:
+        """Add the logits if they are selected, once, also where a layer recorded them already."""
+        layers = [(name, h) for name, h in recorded if identity(h) != identity(logits)]
+        if self._logits or len(layers) < len(recorded):
+            if self._mask_value is not None:
+                # Unseen units hold a constant such as -1000, whose products would drown the rest.
+                logits = logits.masked_fill(logits == self._mask_value, 0.0)
+            layers.append(("logits", logits))
+        return layers
+
+    def _refuse_silent_layers(self, silent: list[str]) -> None:
+        named = isinstance(self.layers, list | tuple) and not set(silent).isdisjoint(self.layers)
+        if silent and (named or len(silent) == len(self._taps)):
+            raise ValueError(
+                f"layers={self.layers!r}: {silent} gave no tensor in the forward pass: not called, "
+                f"an output that is not a tensor, or a compiled model that was called before "
+                f"training. Choose other layers, or 'logits'."
+            )
 
     def _keep(self, between: Tensor, within: Tensor, loss: Tensor) -> None:
         values = torch.stack([between.detach(), within.detach(), loss.detach()])
@@ -248,7 +274,7 @@ class DRLPlugin(SupervisedPlugin):
         cause = (
             'form="eq3" subtracts the within-class term and has no lower bound, so training drives '
             'it to minus infinity; use form="drl"'
-            if self.form == "eq3"
+            if self.form in ("eq3", FORMS["eq3"])
             else "the representations have diverged; lower lam or the learning rate, or choose "
             'smaller layers (layers="logits", pool="gap")'
         )
@@ -260,7 +286,7 @@ class DRLPlugin(SupervisedPlugin):
     def _warn_about_repeated_labels(self, experience: Any) -> None:
         labels = getattr(experience, "classes_in_this_experience", None)
         tasks = getattr(experience, "task_labels", None)
-        if not labels or not tasks:
+        if self._warned or not labels or not tasks:
             return
         for label in labels:
             if self._task_of_label.setdefault(int(label), tasks[0]) != tasks[0]:
@@ -270,5 +296,5 @@ class DRLPlugin(SupervisedPlugin):
                     f"task, use class_key='task_y'.",
                     stacklevel=2,
                 )
-                self._task_of_label = {int(x): tasks[0] for x in labels}
+                self._warned = True
                 return

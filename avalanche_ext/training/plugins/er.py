@@ -24,7 +24,7 @@ from typing import Any
 from avalanche.training.storage_policy import ExemplarsBuffer
 
 from avalanche_ext.training.loading.sampling import Draw, GroupIndex, UniformDraw
-from avalanche_ext.training.plugins.replay_template import ReplayTemplate
+from avalanche_ext.training.plugins.replay_template import ReplayTemplate, check_count
 
 __all__ = ["ERPlugin"]
 
@@ -60,9 +60,10 @@ class ERPlugin(ReplayTemplate):
         total_batch: bool = False,
         storage_policy: ExemplarsBuffer | None = None,
     ) -> None:
-        if batch_size_mem is not None and (total_batch or batch_size_mem < 1):
+        check_count("ERPlugin", batch_size_mem=batch_size_mem)
+        if batch_size_mem is not None and total_batch:
             raise ValueError(
-                f"ERPlugin expects batch_size_mem >= 1 and not together with total_batch=True; "
+                f"ERPlugin expects batch_size_mem not together with total_batch=True; "
                 f"got batch_size_mem={batch_size_mem}, total_batch={total_batch}."
             )
         super().__init__(mem, mem_scope, "experience", storage_policy)

@@ -24,7 +24,7 @@ from avalanche_ext.training.loading.sources import as_source
 from avalanche_ext.training.storage_policy.exemplar_memory import ExemplarMemory, experience_key
 from avalanche_ext.training.storage_policy.policy_memory import PolicyMemory
 
-__all__ = ["DEFAULT_MEM", "ReplayTemplate"]
+__all__ = ["DEFAULT_MEM", "ReplayTemplate", "check_count"]
 
 DEFAULT_MEM = 200
 
@@ -45,6 +45,7 @@ class ReplayTemplate(SupervisedPlugin):
     """
 
     label = ""
+    by_group = False  # whether ``draw`` looks at the groups of the memory
 
     def __init__(
         self,
@@ -118,7 +119,7 @@ class ReplayTemplate(SupervisedPlugin):
         loader = strategy.dataloader
         if isinstance(loader, ReplayLoader) and any(p.name == self._name for p in loader.parts):
             return  # a later epoch of the same experience
-        index = self.memory.index(self.group_by)
+        index = self.memory.index(self.group_by if self.by_group else None)
         if self.group_by == "experience":
             # An experience that goes on (an online stream) is current, not past.
             index = index.without(self._current_key(strategy))
@@ -183,6 +184,15 @@ class ReplayTemplate(SupervisedPlugin):
 
     def _current_key(self, strategy: Any) -> Hashable:
         return experience_key(strategy.experience, -1)
+
+
+def check_count(owner: str, **values: Any) -> None:
+    """Raise unless every value is ``None`` or a whole number >= 1."""
+    for name, value in values.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise TypeError(f"{owner} expects a whole number {name} >= 1 or None; got {value!r}.")
+        if value is not None and value < 1:
+            raise ValueError(f"{owner} expects {name} >= 1 or None; got {name}={value}.")
 
 
 def _is_avalanches_own(loader: Any, strategy: Any) -> bool:

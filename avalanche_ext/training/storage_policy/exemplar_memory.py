@@ -25,8 +25,13 @@ from torch.utils.data import Dataset
 
 from avalanche_ext.training.checks import check_nonnegative, check_one_of
 from avalanche_ext.training.loading.sampling import GroupIndex, seeded
-from avalanche_ext.training.loading.sources import as_source, attribute_values
-from avalanche_ext.training.storage_policy.stores import ReferenceStore, TensorStore, store_for
+from avalanche_ext.training.loading.sources import DatasetSource, as_source, attribute_values
+from avalanche_ext.training.storage_policy.stores import (
+    ReferenceStore,
+    TensorStore,
+    raw_sample,
+    store_for,
+)
 
 __all__ = [
     "ClassBalancedMemory",
@@ -60,9 +65,7 @@ class ExemplarMemory(ExemplarsBuffer):
     def __init__(
         self, mem: int, *, mem_scope: str = "total", group_by: str | None = "experience"
     ) -> None:
-        check_nonnegative(type(self).__name__, mem=mem)
-        if mem != int(mem):
-            raise ValueError(f"{type(self).__name__} expects a whole number mem; got {mem}.")
+        self._check_size(mem=mem)
         check_one_of(type(self).__name__, "mem_scope", mem_scope, SCOPES)
         check_one_of(type(self).__name__, "group_by", group_by, GROUPINGS)
         super().__init__(int(mem))
@@ -75,6 +78,15 @@ class ExemplarMemory(ExemplarsBuffer):
         self._used = 0
         self._updates = 0
         self._seed: int | None = None
+        self._tensor_labels = False  # a collate function takes either tensors or numbers
+
+    def _check_size(self, **size: Any) -> None:
+        check_nonnegative(type(self).__name__, **size)
+        for name, value in size.items():
+            if value % 1 != 0:
+                raise ValueError(
+                    f"{type(self).__name__} expects a whole number {name}; got {value}."
+                )
 
     # what is stored -------------------------------------------------------------------------
 
@@ -93,7 +105,7 @@ class ExemplarMemory(ExemplarsBuffer):
 
     def index(self, group_by: str | None = None) -> GroupIndex:
         """The slots by group; a reservoir can be seen by ``"class"`` or ``"task"`` too."""
-        if self.group_by is None and group_by is not None:
+        if self.group_by is None and group_by is not None and len(self):
             return _by_label(self, group_by)
         groups: dict[Hashable, list[Tensor]] = {}
         for (_, group), (slots, _) in self._units.items():
@@ -140,7 +152,7 @@ class ExemplarMemory(ExemplarsBuffer):
             return
         groups = self._groups_of(experience).unique().tolist()
         keys = self._unit_keys(experience, groups, self._updates + 1)
-        rivals = set(keys) | (set(self._units) if self.mem_scope == "total" else set())
+        rivals = set(keys) | {key for key in self._units if key[0] == keys[0][0]}
         if self.max_size < len(rivals):
             kind = self.group_by or "group"
             where = "in total" if self.mem_scope == "total" else "per experience"
@@ -162,8 +174,12 @@ class ExemplarMemory(ExemplarsBuffer):
         self.check_room(exp)
         self._updates += 1
         self._seed = torch.initial_seed() if self._seed is None else self._seed
-        source = as_source(exp.dataset.train())
+        dataset = exp.dataset.train()
+        source = as_source(dataset)
         if self._store is None:
+            is_dataset = isinstance(source, DatasetSource)
+            sample = raw_sample(source, 0) if is_dataset else dataset[0]
+            self._tensor_labels = isinstance(sample[1], Tensor)
             self._store = store_for(source, self.max_size if self.mem_scope == "total" else None)
         elif not self._store.accepts(source):
             self._refer_to_old_store()
@@ -182,10 +198,11 @@ class ExemplarMemory(ExemplarsBuffer):
 
     def resize(self, strategy: Any, new_size: int) -> None:
         """Change the budget; a smaller one drops the samples of lowest priority at once."""
-        check_nonnegative(type(self).__name__, new_size=new_size)
+        self._check_size(new_size=new_size)
         self.max_size = int(new_size)
-        for key, quota in self._quotas(self._units).items():
-            self._keep(key, *self._units[key], quota)
+        for owner in {owner for owner, _ in self._units}:
+            for key, quota in self._quotas(k for k in self._units if k[0] == owner).items():
+                self._keep(key, *self._units[key], quota)
 
     def _store_best(self, source: Any, candidates: dict, priorities: Tensor) -> None:
         owner = next(iter(candidates))[0]  # None under a total budget: then all share it
@@ -305,9 +322,9 @@ class _Stored(Dataset):
     def __len__(self) -> int:
         return len(self.slots)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor | int]:
         x, y = self.memory.gather(self.slots[i : i + 1])[:2]
-        return x[0], int(y[0])
+        return x[0], y[0] if self.memory._tensor_labels else int(y[0])
 
 
 def _by_label(memory: ExemplarMemory, group_by: str) -> GroupIndex:

@@ -65,9 +65,11 @@ class PolicyMemory:
 
     def index(self, group_by: str | None = None) -> GroupIndex:
         """The samples by the policy's groups, or by label where it has none."""
+        self._joined = None  # the policy may have been resized since
         datasets = self._datasets()
         ends = torch.tensor([0, *(len(d) for d in datasets.values())]).cumsum(0).tolist()
-        if isinstance(self.policy, BalancedExemplarsBuffer) or group_by is None:
+        grouped = isinstance(self.policy, BalancedExemplarsBuffer)
+        if grouped or group_by is None or not len(self):
             spans = itertools.pairwise(ends)
             return GroupIndex.of(
                 {k: torch.arange(a, b) for k, (a, b) in zip(datasets, spans, strict=True)}

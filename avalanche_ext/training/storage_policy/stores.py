@@ -17,7 +17,7 @@ from avalanche_ext.training.loading.sources import (
     attribute_values,
 )
 
-__all__ = ["ReferenceStore", "TensorStore", "sample_bytes", "store_for"]
+__all__ = ["ReferenceStore", "TensorStore", "raw_sample", "sample_bytes", "store_for"]
 
 
 class TensorStore:
@@ -153,11 +153,16 @@ def store_for(source: Source, capacity: int | None) -> TensorStore | ReferenceSt
 def sample_bytes(source: Source, index: int) -> int:
     """Bytes of one sample before any transform: image planes, tensors, arrays, 8 per number."""
     if isinstance(source, DatasetSource):
-        dataset = source.dataset
-        if hasattr(dataset, "remove_current_transform_group"):
-            dataset = dataset.remove_current_transform_group()
-        return sum(_bytes(part) for part in dataset[index])
+        return sum(_bytes(part) for part in raw_sample(source, index))
     return sum(_bytes(c[0]) for c in source.gather(torch.tensor([index])))
+
+
+def raw_sample(source: DatasetSource, index: int) -> Sequence[Any]:
+    """One sample as the data set gives it before its current transforms."""
+    dataset = source.dataset
+    if hasattr(dataset, "remove_current_transform_group"):
+        dataset = dataset.remove_current_transform_group()
+    return dataset[index]
 
 
 def _bytes(part: Any) -> int:
