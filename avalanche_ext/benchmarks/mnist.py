@@ -117,7 +117,8 @@ def load_mnist(root: str | Path | None = None, download: bool = False) -> tuple[
     if found is None and not download:
         raise FileNotFoundError(
             f"MNIST is not in {' or '.join(str(p / 'MNIST' / 'raw') for p in places)}. Put the "
-            f"four files {', '.join(names)} there, name their folder with root=, or pass download=True."
+            f"four files {', '.join(names)} there, name their folder with root=, or pass "
+            f"download=True."
         )
     parts = []
     for train in (True, False):

@@ -10,9 +10,7 @@ __all__ = ["add_parser"]
 
 def add_parser(commands: Any) -> None:
     """Declare the subcommand."""
-    parser = commands.add_parser(
-        "card", help="a method, and where it departs from its paper"
-    )
+    parser = commands.add_parser("card", help="a method, and where it departs from its paper")
     parser.add_argument("key", metavar="KEY", help="a key of 'avalanche-ext list'")
     parser.set_defaults(execute=execute)
 

@@ -6,6 +6,7 @@ current mini-batch's samples stay and which slots join them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -38,7 +39,7 @@ class GroupIndex:
     slots: Tensor
     counts: Tensor
 
-    @property
+    @functools.cached_property
     def starts(self) -> Tensor:
         """Position in ``slots`` at which each group begins."""
         return self.counts.cumsum(0) - self.counts

@@ -55,7 +55,7 @@ class TensorSource:
 
     def gather(self, indices: Tensor) -> Batch:
         """See ``Source``."""
-        rows = indices if self.rows is None else self.rows[indices]
+        rows = indices if self.rows is None else self.rows.index_select(0, indices)
         x, *rest = self.columns
         return [x.index_select(0, rows), *(c.index_select(0, indices) for c in rest)]
 
@@ -90,11 +90,11 @@ class JoinedSource(Dataset):
 
     def __getitems__(self, indices: Tensor) -> Batch:
         """One batch; the name is the one that torch's fetcher looks for."""
-        parts = []
+        numbers, parts = indices.numpy(), []  # NumPy: for so few numbers it is much the quicker
         for source, low, high in zip(self.sources, self.bounds, self.bounds[1:], strict=False):
-            mine = indices[(indices >= low) & (indices < high)]
+            mine = numbers[(numbers >= low) & (numbers < high)]
             if len(mine):
-                parts.append(source.gather(mine - low))
+                parts.append(source.gather(torch.from_numpy(mine - low)))
         return join_batches(parts)
 
 

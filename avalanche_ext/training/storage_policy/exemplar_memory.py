@@ -12,7 +12,7 @@ random keys).
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 from avalanche_ext.training.checks import check_nonnegative, check_one_of
 from avalanche_ext.training.loading.sampling import GroupIndex, seeded
 from avalanche_ext.training.loading.sources import DatasetSource, as_source, attribute_values
+from avalanche_ext.training.storage_policy.ledger import Ledger, Unit
 from avalanche_ext.training.storage_policy.stores import (
     ReferenceStore,
     TensorStore,
@@ -72,10 +73,7 @@ class ExemplarMemory(ExemplarsBuffer):
         self.mem_scope = mem_scope
         self.group_by = group_by
         self._store: TensorStore | ReferenceStore | None = None
-        # A unit is what has a quota: (experience or None, group). Its samples: slots, priorities.
-        self._units: dict[tuple[Hashable, Hashable], tuple[Tensor, Tensor]] = {}
-        self._free: list[int] = []
-        self._used = 0
+        self._ledger = Ledger()
         self._updates = 0
         self._seed: int | None = None
         self._tensor_labels = False  # a collate function takes either tensors or numbers
@@ -91,7 +89,7 @@ class ExemplarMemory(ExemplarsBuffer):
     # what is stored -------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        return sum(len(slots) for slots, _ in self._units.values())
+        return len(self._ledger)
 
     @property
     def nbytes(self) -> int:
@@ -101,16 +99,13 @@ class ExemplarMemory(ExemplarsBuffer):
     @property
     def size(self) -> int:
         """One more than the largest slot number."""
-        return self._used
+        return self._ledger.size
 
     def index(self, group_by: str | None = None) -> GroupIndex:
         """The slots by group; a reservoir can be seen by ``"class"`` or ``"task"`` too."""
         if self.group_by is None and group_by is not None and len(self):
             return _by_label(self, group_by)
-        groups: dict[Hashable, list[Tensor]] = {}
-        for (_, group), (slots, _) in self._units.items():
-            groups.setdefault(group, []).append(slots)
-        return GroupIndex.of({group: torch.cat(parts) for group, parts in groups.items()})
+        return self._ledger.index()
 
     def labels(self, indices: Tensor) -> list[Tensor]:
         """Labels and, where there are any, task labels of the given slots."""
@@ -152,7 +147,7 @@ class ExemplarMemory(ExemplarsBuffer):
             return
         groups = self._groups_of(experience).unique().tolist()
         keys = self._unit_keys(experience, groups, self._updates + 1)
-        rivals = set(keys) | {key for key in self._units if key[0] == keys[0][0]}
+        rivals = {*keys, *self._ledger.units_of(keys[0][0])}
         if self.max_size < len(rivals):
             kind = self.group_by or "group"
             where = "in total" if self.mem_scope == "total" else "per experience"
@@ -186,68 +181,20 @@ class ExemplarMemory(ExemplarsBuffer):
         priorities = torch.rand(
             len(source), generator=seeded(self._seed, self._updates), dtype=torch.float64
         )
-        group_of = self._groups_of(exp)
-        groups = group_of.unique().tolist()
-        candidates = {
-            key: torch.nonzero(group_of == group).flatten()
-            for key, group in zip(self._unit_keys(exp, groups, self._updates), groups, strict=True)
-        }
-        for key in candidates:
-            self._units.setdefault(key, (_no_slots(), _no_slots().double()))
-        self._store_best(source, candidates, priorities)
+        groups, group_of = self._groups_of(exp).unique(return_inverse=True)
+        units = self._unit_keys(exp, groups.tolist(), self._updates)
+        chosen, slots = self._ledger.admit(units, group_of, priorities, self.max_size)
+        self._store.write(slots, source, chosen)
 
     def resize(self, strategy: Any, new_size: int) -> None:
         """Change the budget; a smaller one drops the samples of lowest priority at once."""
         self._check_size(new_size=new_size)
         self.max_size = int(new_size)
-        for owner in {owner for owner, _ in self._units}:
-            for key, quota in self._quotas(k for k in self._units if k[0] == owner).items():
-                self._keep(key, *self._units[key], quota)
-
-    def _store_best(self, source: Any, candidates: dict, priorities: Tensor) -> None:
-        owner = next(iter(candidates))[0]  # None under a total budget: then all share it
-        quotas = self._quotas(key for key in self._units if key[0] == owner)
-        chosen: dict[Any, tuple[Tensor, Tensor]] = {}
-        for key, quota in quotas.items():  # first make room everywhere, then fill it
-            slots, old = self._units[key]
-            new = candidates.get(key, _no_slots())
-            if not len(new) and len(old) <= quota:
-                continue
-            best = torch.cat([old, priorities[new]]).topk(min(quota, len(old) + len(new))).indices
-            self._keep(key, slots, old, best=best[best < len(old)])
-            chosen[key] = (new[best[best >= len(old)] - len(old)], priorities)
-        for key, (new, values) in chosen.items():
-            taken = self._take(len(new))
-            self._store.write(taken, source, new)  # type: ignore[union-attr]
-            slots, old = self._units[key]
-            self._units[key] = (torch.cat([slots, taken]), torch.cat([old, values[new]]))
-
-    def _quotas(self, units: Iterable[Any]) -> dict[Any, int]:
-        keys = list(units)
-        share, rest = divmod(self.max_size, max(1, len(keys)))
-        return {key: share + (i < rest) for i, key in enumerate(keys)}
-
-    def _keep(
-        self, key: Any, slots: Tensor, old: Tensor, quota: int = 0, best: Tensor | None = None
-    ) -> None:
-        if best is None:
-            best = old.topk(min(quota, len(old))).indices
-        if len(best) == len(slots):
-            return
-        kept = torch.zeros(len(slots), dtype=torch.bool)
-        kept[best] = True
-        self._free += slots[~kept].tolist()
-        self._units[key] = (slots[kept], old[kept])
-
-    def _take(self, n: int) -> Tensor:
-        reused = [self._free.pop() for _ in range(min(n, len(self._free)))]
-        fresh = range(self._used, self._used + n - len(reused))
-        self._used += len(fresh)
-        return torch.tensor([*reused, *fresh], dtype=torch.int64)
+        self._ledger.shrink(self.max_size)
 
     def _refer_to_old_store(self) -> None:
         """Samples of another shape or kind have come: go on with references, also to the old."""
-        old, used = self._store, torch.arange(self._used)
+        old, used = self._store, torch.arange(self.size)
         self._store = ReferenceStore()
         self._store.write(used, old, used)  # type: ignore[arg-type]
 
@@ -266,9 +213,7 @@ class ExemplarMemory(ExemplarsBuffer):
             return values
         return torch.zeros(len(dataset), dtype=torch.int64)
 
-    def _unit_keys(
-        self, experience: Any, groups: list[int], position: int
-    ) -> list[tuple[Hashable, Hashable]]:
+    def _unit_keys(self, experience: Any, groups: list[int], position: int) -> list[Unit]:
         now = experience_key(experience, position)
         owner = now if self.mem_scope == "experience" else None
         if self.group_by == "experience":
@@ -279,7 +224,7 @@ class ExemplarMemory(ExemplarsBuffer):
 
     def __getstate__(self) -> dict[str, Any]:
         if self._store is not None:
-            self._store.trim(self._used)
+            self._store.trim(self.size)
         return self.__dict__
 
 
@@ -337,7 +282,3 @@ def _by_label(memory: ExemplarMemory, group_by: str) -> GroupIndex:
         )
     values = labels[position]
     return GroupIndex.of({int(v): slots[values == v] for v in values.unique()})
-
-
-def _no_slots() -> Tensor:
-    return torch.zeros(0, dtype=torch.int64)
