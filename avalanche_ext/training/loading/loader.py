@@ -139,69 +139,66 @@ class _Plan:
     source: JoinedSource = field(init=False)
 
     def __post_init__(self) -> None:
-        parts = self.parts
-        self.size = self._current_size()
-        current = [self.current] if self.size else []
-        sizes = [self.size] * len(current) + [p.size for p in parts]
-        self.source = JoinedSource([*current, *(p.source for p in parts)], sizes)
-        self.bases = self.source.bounds[len(current) : -1]
-        self.generators = [seeded(*p.seed, self.epoch) for p in parts]
+        self.generators = [seeded(*part.seed, self.epoch) for part in self.parts]
+        self.source = self._joined()
 
-    def _current_size(self) -> int:
-        return len(self.current)
+    def _joined(self) -> JoinedSource:
+        sizes = [len(self.current), *(part.size for part in self.parts)]
+        return JoinedSource([self.current, *(part.source for part in self.parts)], sizes)
 
     @property
     def batch_size(self) -> int:
         size = self.options.batch_size
         return min(part.draw.current_batch_size(size) for part in self.parts)
 
-    def _pool(self) -> Tensor:
-        pool = [torch.arange(self.size)]
-        for part, base in zip(self.parts, self.bases, strict=True):
-            if isinstance(part.draw, MergeDraw):
-                pool.append(part.index.slots + base)
-        joined = torch.cat(pool)
+    @property
+    def merged(self) -> list[int]:
+        """Which parts join the current data as a whole."""
+        return [k for k, part in enumerate(self.parts) if isinstance(part.draw, MergeDraw)]
+
+    def __len__(self) -> int:
+        samples = len(self.current) + sum(len(self.parts[k].index) for k in self.merged)
+        whole, rest = divmod(samples, self.batch_size)
+        return whole + (rest > 0 and not self.options.drop_last)
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        merged, nothing = self.merged, [torch.zeros(0, dtype=torch.int64)] * len(self.parts)
+        for chunk in self._pool(merged).split(self.batch_size)[: len(self)]:
+            # With nothing merged the pool is the current data, and numbers need no sorting out.
+            own, *joining = self.source.split(chunk) if merged else [chunk, *nothing]
+            keep, n = own.shape[0], chunk.shape[0]
+            for k, (part, generator) in enumerate(zip(self.parts, self.generators, strict=True)):
+                if k not in merged:
+                    stay, joining[k] = part.draw.step(n, part.index, generator)
+                    keep = min(keep, stay)
+            yield [own[:keep], *joining]
+
+    def _pool(self, merged: list[int]) -> Tensor:
+        bases = self.source.bounds[1:]
+        pool = [torch.arange(len(self.current))]
+        joined = torch.cat(pool + [self.parts[k].index.slots + bases[k] for k in merged])
         if not self.options.shuffle:
             return joined
         order = seeded(*self.parts[0].seed, self.epoch, -2)
         return joined[torch.randperm(len(joined), generator=order)]
 
-    def __len__(self) -> int:
-        merged = sum(
-            len(p.index) for p in self.parts if isinstance(p.draw, MergeDraw)
-        )  # fmt: skip
-        whole, rest = divmod(self.size + merged, self.batch_size)
-        return whole + (rest > 0 and not self.options.drop_last)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        pool = self._pool()
-        for chunk in pool.split(self.batch_size)[: len(self)]:
-            keep, joining = len(chunk), []
-            for part, base, generator in zip(self.parts, self.bases, self.generators, strict=True):
-                stay, slots = part.draw.step(len(chunk), part.index, generator)
-                keep = min(keep, stay)
-                joining.append(slots + base)
-            yield torch.cat([chunk[:keep], *joining])
-
 
 class _MemoryPlan(_Plan):
     """The memory rows alone, one lot after the other for as long as another loader has batches."""
 
-    def _current_size(self) -> int:
-        return 0
+    def _joined(self) -> JoinedSource:
+        return JoinedSource([p.source for p in self.parts], [p.size for p in self.parts])
 
     def __len__(self) -> int:
         return len(self.current)
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        size = self.options.batch_size
         while True:
-            drawn = [
-                part.draw.step(self.options.batch_size, part.index, generator)[1] + base
-                for part, base, generator in zip(
-                    self.parts, self.bases, self.generators, strict=True
-                )
+            yield [
+                part.draw.step(size, part.index, generator)[1]
+                for part, generator in zip(self.parts, self.generators, strict=True)
             ]
-            yield torch.cat(drawn)
 
 
 class _Replaceable(Sampler):
@@ -213,7 +210,7 @@ class _Replaceable(Sampler):
     def __len__(self) -> int:
         return len(self.plan)
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[list[Tensor]]:
         return iter(self.plan)
 
 

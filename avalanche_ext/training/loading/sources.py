@@ -5,6 +5,7 @@ A batch is Avalanche's list of columns, ``[x, y, task label]`` or ``[x, y]``.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
@@ -25,6 +26,7 @@ __all__ = [
 ]
 
 Batch = list[Tensor]
+Located = list[tuple[Tensor, Tensor]]
 
 
 class Source(Protocol):
@@ -53,11 +55,15 @@ class TensorSource:
     def __len__(self) -> int:
         return len(self.columns[1])
 
-    def gather(self, indices: Tensor) -> Batch:
-        """See ``Source``."""
+    def locate(self, indices: Tensor) -> Located:
+        """For each column the tensor and the rows that hold the samples ``indices``."""
         rows = indices if self.rows is None else self.rows.index_select(0, indices)
         x, *rest = self.columns
-        return [x.index_select(0, rows), *(c.index_select(0, indices) for c in rest)]
+        return [(x, rows), *((c, indices) for c in rest)]
+
+    def gather(self, indices: Tensor) -> Batch:
+        """See ``Source``."""
+        return [column.index_select(0, rows) for column, rows in self.locate(indices)]
 
 
 class DatasetSource:
@@ -77,25 +83,58 @@ class DatasetSource:
 class JoinedSource(Dataset):
     """Several sources behind one another, as one dataset whose items are whole batches.
 
-    Rows of a batch are grouped by source, in the order of the sources; within one source they
-    keep the order asked for.
+    A batch is asked for by one tensor of sample numbers for each source; its rows come in the order
+    of the sources.
     """
 
     def __init__(self, sources: Sequence[Source], sizes: Sequence[int]) -> None:
         self.sources = list(sources)
         self.bounds = np.concatenate([[0], np.cumsum(sizes)]).tolist()
+        nothing = torch.zeros(0, dtype=torch.int64)
+        located = [s.locate(nothing) if hasattr(s, "locate") else None for s in self.sources]
+        self._direct = None not in located and _alike(located)  # all in tensors of one kind
 
     def __len__(self) -> int:
         return self.bounds[-1]
 
-    def __getitems__(self, indices: Tensor) -> Batch:
+    def __getitems__(self, indices: Sequence[Tensor]) -> Batch:
         """One batch; the name is the one that torch's fetcher looks for."""
-        numbers, parts = indices.numpy(), []  # NumPy: for so few numbers it is much the quicker
-        for source, low, high in zip(self.sources, self.bounds, self.bounds[1:], strict=False):
-            mine = numbers[(numbers >= low) & (numbers < high)]
-            if len(mine):
-                parts.append(source.gather(torch.from_numpy(mine - low)))
-        return join_batches(parts)
+        wanted = [(s, i) for s, i in zip(self.sources, indices, strict=True) if i.shape[0]]
+        if not self._direct:
+            return join_batches([source.gather(mine) for source, mine in wanted])
+        located = [source.locate(mine) for source, mine in wanted]
+        return [_select(parts) for parts in zip(*located, strict=True)]
+
+    def split(self, numbers: Tensor) -> list[Tensor]:
+        """Numbers in the whole row of sources as numbers in each source."""
+        spans = itertools.pairwise(self.bounds)
+        return [numbers[(numbers >= low) & (numbers < high)] - low for low, high in spans]
+
+
+def _alike(located: Sequence[Any]) -> bool:
+    if len({len(columns) for columns in located}) > 1:
+        return False
+    return all(
+        c.dtype == first.dtype and c.shape[1:] == first.shape[1:]
+        for columns in located[1:]
+        for (c, _), (first, _) in zip(columns, located[0], strict=True)
+    )
+
+
+def _select(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Rows of several tensors into one, each written once: no copy to join them."""
+    first, rows = parts[0]
+    if len(parts) == 1:
+        return first.index_select(0, rows)
+    if first.ndim == 1:
+        return torch.cat([column.index_select(0, rows) for column, rows in parts])
+    out = first.new_empty((sum(r.shape[0] for _, r in parts), *first.shape[1:]))
+    at = 0
+    for column, rows in parts:
+        end = at + rows.shape[0]
+        torch.index_select(column, 0, rows, out=out[at:end])
+        at = end
+    return out
 
 
 def join_batches(parts: Sequence[Batch]) -> Batch:

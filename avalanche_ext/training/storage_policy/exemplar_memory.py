@@ -25,7 +25,12 @@ from torch.utils.data import Dataset
 
 from avalanche_ext.training.checks import check_nonnegative, check_one_of
 from avalanche_ext.training.loading.sampling import GroupIndex, seeded
-from avalanche_ext.training.loading.sources import DatasetSource, as_source, attribute_values
+from avalanche_ext.training.loading.sources import (
+    DatasetSource,
+    Located,
+    as_source,
+    attribute_values,
+)
 from avalanche_ext.training.storage_policy.ledger import Ledger, Unit
 from avalanche_ext.training.storage_policy.stores import (
     ReferenceStore,
@@ -116,6 +121,10 @@ class ExemplarMemory(ExemplarsBuffer):
         if self._store is None:
             raise IndexError("the memory is empty")
         return self._store.gather(indices)
+
+    def locate(self, indices: Tensor) -> Located | None:
+        """Tensors and rows of the given slots; ``None`` where samples are kept by reference."""
+        return self._store.locate(indices) if isinstance(self._store, TensorStore) else None
 
     @property
     def buffer(self) -> AvalancheDataset:

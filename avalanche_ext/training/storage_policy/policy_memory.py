@@ -90,7 +90,7 @@ class PolicyMemory:
             self._joined = JoinedSource(
                 [as_source(d) for d in datasets], [len(d) for d in datasets]
             )
-        return self._joined.__getitems__(indices)
+        return self._joined.__getitems__(self._joined.split(indices))
 
     def _datasets(self) -> dict[Hashable, Any]:
         if isinstance(self.policy, BalancedExemplarsBuffer):

@@ -12,6 +12,7 @@ from torch import Tensor
 from avalanche_ext.training.loading.sources import (
     Batch,
     DatasetSource,
+    Located,
     Source,
     TensorSource,
     attribute_values,
@@ -51,6 +52,10 @@ class TensorStore:
             self._columns = [_grown(c, rows) for c in self._columns]
         for column, values in zip(self._columns, source.gather(indices), strict=True):
             column[slots] = values
+
+    def locate(self, indices: Tensor) -> Located:
+        """For each column the tensor and the rows that hold the samples ``indices``."""
+        return [(column, indices) for column in self._columns]
 
     def gather(self, indices: Tensor) -> Batch:
         """See ``Source``."""

@@ -303,7 +303,7 @@ def test_joined_source_groups_rows_by_source_and_keeps_their_order():
     b = TensorSource([torch.arange(10.0, 14), torch.arange(10, 14)])
     joined = JoinedSource([a, b], [3, 4])
     assert len(joined) == 7
-    x, y = joined.__getitems__(torch.tensor([6, 2, 3, 0, 2]))
+    x, y = joined.__getitems__(joined.split(torch.tensor([6, 2, 3, 0, 2])))
     assert y.tolist() == [2, 0, 2, 13, 10]
     assert torch.equal(x, y.float())
 
