@@ -22,7 +22,7 @@ def filled(text: str) -> str:
 
     def block(match: re.Match[str]) -> str:
         kind, _, name = match["what"].partition(": ")
-        maker = {"table": table, "similarity": similarity, "speed": speed}[kind]
+        maker = {"table": table, "sign": sign, "similarity": similarity, "speed": speed}[kind]
         return f"<!-- {match['what']} -->\n{maker(name)}\n<!-- end -->"
 
     return re.sub(r"<!-- (?P<what>[^>]+?) -->\n(.*?)<!-- end -->", block, text, flags=re.DOTALL)
@@ -80,6 +80,33 @@ _SHIFTS = (
     ("sd_gradient_different", "spread of s_g of different classes", "closer to 0"),
     ("gradient_same", "s_g of one class", "towards 0"),
 )
+
+
+def sign(_: str) -> str:
+    """When the printed sign diverges, and what either sign does for BER."""
+    record = json.loads((RESULTS / "drl_sign" / "sign.json").read_text("utf-8"))
+    cells = {(r["form"], r["lr"], r["lam"]): r["steps"] for r in record["divergence"]}
+    settings = list(dict.fromkeys((lr, lam) for _, lr, lam in cells))
+    steps = _rows(
+        ["steps until no longer finite, first two digits of MNIST", '`form="eq3"`', '`form="drl"`'],
+        [
+            [f"lr {lr:g}, lam {lam:g}"]
+            + [str(cells[form, lr, lam] or "finite throughout") for form in ("eq3", "drl")]
+            for lr, lam in settings
+        ],
+    )
+    accuracy = _rows(
+        ["accuracy %, small Split MNIST", f"{record['accuracy'][0]['seeds']} seeds"],
+        [
+            [
+                f'BER + `form="{r["form"]}"`, lam {r["lam"]:g}' if r["lam"] else "BER",
+                f"{100 * r['average_accuracy']['mean']:.1f} ± "
+                f"{100 * r['average_accuracy']['sd']:.1f}",
+            ]
+            for r in record["accuracy"]
+        ],
+    )
+    return f"{steps}\n\n{accuracy}"
 
 
 def speed(_: str) -> str:

@@ -2,10 +2,12 @@ r"""DRL: keep the representations of a batch apart with the discriminative repre
 
 The sign, first of all. Eq. 3 of the paper is printed as ``L_bt - L_wi``: push pairs of different
 classes apart *and pull pairs of one class together*. That form is unbounded below and diverges:
-an MLP on the first two digits of MNIST (SGD 0.01, lam 1e-3) reaches NaN after 578 steps. The
+an MLP on the first two digits of MNIST (SGD 0.01, lam 1e-3, batch 10) is no longer finite after 564
+steps, and at weights small enough to stay finite (1e-5, 2e-5) BER gains nothing from it. The
 authors' released code *adds* the within-class term, and only that sign reproduces their Fig. 2
-(similarities within a class become smaller too) and the gain over plain replay. So
-``DRLPlugin``'s default is ``form="drl"``, that is ``L_bt + L_wi`` with Eq. 3's means over existing
+(similarities within a class become smaller too) and the gain over plain replay: 84.8 % becomes
+87.3 % on the small Split MNIST protocol (examples/drl_sign.py, three seeds). So ``DRLPlugin``'s
+default is ``form="drl"``, that is ``L_bt + L_wi`` with Eq. 3's means over existing
 pairs; ``form="eq3"`` is the printed equation, one keyword away, and stops with an error that
 names this cause as soon as a value is no longer finite.
 
