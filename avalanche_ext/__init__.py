@@ -25,7 +25,20 @@ _PUBLIC = {
     "drl_loss": "functional.drl",
 }
 
-__all__ = ["__version__", *sorted(_PUBLIC)]
+__all__ = [
+    "MLP",
+    "BERPlugin",
+    "ClassBalancedMemory",
+    "DRLPlugin",
+    "ERPlugin",
+    "ExemplarMemory",
+    "ExperienceBalancedMemory",
+    "GradientDiversity",
+    "ReservoirMemory",
+    "ShuffleReplayPlugin",
+    "__version__",
+    "drl_loss",
+]
 
 if TYPE_CHECKING:
     from avalanche_ext.evaluation.metrics.gradient_diversity import GradientDiversity

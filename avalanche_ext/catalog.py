@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import sys
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from avalanche_ext.recipes import RECIPES, Recipe
+from avalanche_ext.recipes.base import lookup
 
 __all__ = ["CATALOG", "Card", "find_card"]
 
@@ -69,13 +69,7 @@ def find_card(key: str) -> Card:
     Raises:
         ValueError: If there is none; near matches are listed.
     """
-    if key in CATALOG:
-        return CATALOG[key]
-    near = difflib.get_close_matches(key, CATALOG, n=3, cutoff=0.4)
-    raise ValueError(
-        f"there is no method {key!r}. {'Close: ' + ', '.join(near) + '. ' if near else ''}"
-        f"Methods: {', '.join(CATALOG)}."
-    )
+    return lookup("method", key, CATALOG)
 
 
 def _drl(recipe: Any) -> Any:

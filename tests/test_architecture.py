@@ -86,6 +86,10 @@ def test_every_public_name_loads_and_is_documented(name):
     assert name in dir(avalanche_ext)
 
 
+def test_the_list_of_public_names_is_complete():
+    assert sorted([*avalanche_ext._PUBLIC, "__version__"]) == sorted(avalanche_ext.__all__)
+
+
 def test_an_unknown_name_says_what_there_is():
     with pytest.raises(AttributeError, match="DRLPlugin"):
         avalanche_ext.DRLPlugn  # noqa: B018

@@ -44,7 +44,7 @@ def split_digits(
     """
     from sklearn.datasets import load_digits
 
-    images = load_digits()
+    images: Any = load_digits()
     x = torch.from_numpy(images.images).float().div(16)[:, None]
     y = torch.from_numpy(images.target).long()
     train, test = hold_out((x, y))

@@ -16,7 +16,15 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["ActivationRecorder", "LayerSpec", "Tap", "identity", "select_layers"]
+__all__ = [
+    "ActivationRecorder",
+    "LayerSpec",
+    "Tap",
+    "identity",
+    "mask_value",
+    "select_layers",
+    "unmasked",
+]
 
 LayerSpec = (
     str | type[nn.Module] | Sequence[str | type[nn.Module]] | Callable[[str, nn.Module], bool]
@@ -149,6 +157,17 @@ def _stages(model: nn.Module, modules: dict[str, nn.Module]) -> list[Tap]:
             f"with feature_info; {type(model).__name__} lacks {missing}. Name its layers instead."
         )
     return [(n, "output") for n in names]
+
+
+def mask_value(model: nn.Module) -> float | None:
+    """The constant, such as -1000, that a growing or multi-head classifier gives unseen units."""
+    values = (getattr(m, "mask_value", None) for m in model.modules())
+    return next((v for v in values if v is not None), None)
+
+
+def unmasked(logits: Tensor, constant: float | None) -> Tensor:
+    """Logits with masked units at 0: products with the constant would drown everything else."""
+    return logits if constant is None else logits.masked_fill(logits == constant, 0.0)
 
 
 class ActivationRecorder:

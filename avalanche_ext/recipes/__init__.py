@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-
-from avalanche_ext.recipes.base import Recipe, with_settings
+from avalanche_ext.recipes.base import Recipe, lookup, with_settings
 from avalanche_ext.recipes.drl_ber import RECIPES as _DRL_BER
 
 __all__ = ["RECIPES", "Recipe", "find_recipe", "with_settings"]
@@ -18,10 +16,4 @@ def find_recipe(name: str) -> Recipe:
     Raises:
         ValueError: If there is none; near matches are listed.
     """
-    if name in RECIPES:
-        return RECIPES[name]
-    near = difflib.get_close_matches(name, RECIPES, n=4, cutoff=0.4)
-    raise ValueError(
-        f"there is no recipe {name!r}. {'Close: ' + ', '.join(near) + '. ' if near else ''}"
-        f"'avalanche-ext list' shows all {len(RECIPES)}."
-    )
+    return lookup("recipe", name, RECIPES)

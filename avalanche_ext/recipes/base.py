@@ -10,8 +10,9 @@ import difflib
 import json
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 __all__ = [
     "BenchmarkSettings",
@@ -20,9 +21,13 @@ __all__ = [
     "Recipe",
     "SplitDigits",
     "SplitMNIST",
+    "lookup",
     "to_json",
     "with_settings",
 ]
+
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +183,19 @@ class Recipe:
         )
 
 
+def lookup(kind: str, name: str, table: Mapping[str, Item]) -> Item:
+    """The entry of that name.
+
+    Raises:
+        ValueError: If there is none; near matches are listed.
+    """
+    if name in table:
+        return table[name]
+    near = difflib.get_close_matches(name, table, n=4, cutoff=0.4)
+    hint = f"Close: {', '.join(near)}. " if near else ""
+    raise ValueError(f"there is no {kind} {name!r}. {hint}'avalanche-ext list' shows them all.")
+
+
 def with_settings(recipe: Recipe, settings: dict[str, str]) -> Recipe:
     """A recipe with some fields changed, from text: ``{"lam": "1e-3", "benchmark.validation": "true"}``.
 
@@ -223,7 +241,7 @@ def _parse(text: str, kind: Any, field: str) -> Any:
         value = tuple(value)
     if _fits(value, kind):
         return value
-    if _fits(float(value), kind) if type(value) is int else False:
+    if type(value) is int and _fits(float(value), kind):
         return float(value)
     expected = getattr(kind, "__name__", None) if not typing.get_args(kind) else str(kind)
     raise ValueError(f"field {field!r} expects {expected}; got {text!r}.")

@@ -14,7 +14,7 @@ def check_nonnegative(owner: str, **values: Any) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{owner} expects a number {name} >= 0; got {value!r}.")
-        if not (math.isfinite(value) and value >= 0):
+        if not 0 <= float(value) < math.inf:
             raise ValueError(f"{owner} expects a finite {name} >= 0; got {name}={value}.")
 
 

@@ -38,7 +38,13 @@ from avalanche_ext.functional.similarity import (
     per_sample_gradients,
     split_pairs,
 )
-from avalanche_ext.models.recording import ActivationRecorder, LayerSpec, select_layers
+from avalanche_ext.models.recording import (
+    ActivationRecorder,
+    LayerSpec,
+    mask_value,
+    select_layers,
+    unmasked,
+)
 
 __all__ = ["GradientDiversity", "SimilarityReport", "similarity_report"]
 
@@ -323,12 +329,7 @@ def _representations(model: nn.Module, x: Tensor, y: Tensor, layers: LayerSpec) 
             f"{logits.shape[1]} outputs; measure samples of known classes, or widen the head."
         )
     if with_logits:
-        masks = [getattr(m, "mask_value", None) for m in model.modules()]
-        mask_value = next((m for m in masks if m is not None), None)
-        if mask_value is not None:
-            # Unseen units hold a constant such as -1000, which would drown the rest.
-            logits = logits.masked_fill(logits == mask_value, 0.0)
-        recorded.append(("logits", logits))
+        recorded.append(("logits", unmasked(logits, mask_value(model))))
     for name, h in recorded:
         if len(h) != len(x):
             raise ValueError(
@@ -342,8 +343,8 @@ def _representations(model: nn.Module, x: Tensor, y: Tensor, layers: LayerSpec) 
 def _as_it_was(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; afterwards every module's own mode and every buffer's value are back."""
     modes = [(m, m.training) for m in model.modules()]
-    owners = [(m._buffers, name) for m in model.modules() for name in m._buffers]
-    buffers = [(o, n, o[n], o[n].clone()) for o, n in owners if o[n] is not None]
+    found = [(m._buffers, n, b) for m in model.modules() for n, b in m._buffers.items()]
+    buffers = [(owner, n, b, b.clone()) for owner, n, b in found if b is not None]
     try:
         for module, _ in modes:
             module.training = False

@@ -38,6 +38,10 @@ class Source(Protocol):
         """The samples ``indices`` (int64, on the CPU) as columns, in that order."""
         ...
 
+    def locate(self, indices: Tensor) -> Located | None:
+        """For each column the tensor and the rows that hold the samples; ``None`` if none do."""
+        ...
+
 
 class TensorSource:
     """Samples held as tensors: a batch is one ``index_select`` per column.
@@ -56,7 +60,7 @@ class TensorSource:
         return len(self.columns[1])
 
     def locate(self, indices: Tensor) -> Located:
-        """For each column the tensor and the rows that hold the samples ``indices``."""
+        """See ``Source``."""
         rows = indices if self.rows is None else self.rows.index_select(0, indices)
         x, *rest = self.columns
         return [(x, rows), *((c, indices) for c in rest)]
@@ -79,6 +83,10 @@ class DatasetSource:
         """See ``Source``."""
         return list(self.dataset.collate_fn([self.dataset[i] for i in indices.tolist()]))
 
+    def locate(self, indices: Tensor) -> None:
+        """See ``Source``."""
+        return
+
 
 class JoinedSource(Dataset):
     """Several sources behind one another, as one dataset whose items are whole batches.
@@ -91,7 +99,7 @@ class JoinedSource(Dataset):
         self.sources = list(sources)
         self.bounds = np.concatenate([[0], np.cumsum(sizes)]).tolist()
         nothing = torch.zeros(0, dtype=torch.int64)
-        located = [s.locate(nothing) if hasattr(s, "locate") else None for s in self.sources]
+        located = [source.locate(nothing) for source in self.sources]
         self._direct = None not in located and _alike(located)  # all in tensors of one kind
 
     def __len__(self) -> int:
@@ -102,7 +110,7 @@ class JoinedSource(Dataset):
         wanted = [(s, i) for s, i in zip(self.sources, indices, strict=True) if i.shape[0]]
         if not self._direct:
             return join_batches([source.gather(mine) for source, mine in wanted])
-        located = [source.locate(mine) for source, mine in wanted]
+        located: list[Any] = [source.locate(mine) for source, mine in wanted]
         return [_select(parts) for parts in zip(*located, strict=True)]
 
     def split(self, numbers: Tensor) -> list[Tensor]:

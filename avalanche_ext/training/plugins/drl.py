@@ -40,8 +40,6 @@ import warnings
 from typing import Any
 
 import torch
-from avalanche.evaluation.metric_results import MetricValue
-from avalanche.evaluation.metric_utils import get_metric_name
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor
 
@@ -51,7 +49,9 @@ from avalanche_ext.models.recording import (
     LayerSpec,
     Tap,
     identity,
+    mask_value,
     select_layers,
+    unmasked,
 )
 from avalanche_ext.training.checks import (
     check_experience,
@@ -59,6 +59,7 @@ from avalanche_ext.training.checks import (
     check_nonnegative,
     check_one_of,
 )
+from avalanche_ext.training.publishing import publish
 
 __all__ = ["DRLPlugin"]
 
@@ -151,8 +152,7 @@ class DRLPlugin(SupervisedPlugin):
                 "inside the model. Use one device, or distributed training."
             )
         self._taps, self._logits = select_layers(strategy.model, self.layers)
-        masks = [getattr(m, "mask_value", None) for m in strategy.model.modules()]
-        self._mask_value = next((m for m in masks if m is not None), None)
+        self._mask_value = mask_value(strategy.model)
         self._steps = 0
         if self.class_key == "y":
             self._warn_about_repeated_labels(strategy.experience)
@@ -199,10 +199,7 @@ class DRLPlugin(SupervisedPlugin):
             return
         means = (self._sums[:3] / self._sums[3]).tolist()
         for name, mean in zip(("DRL_L_bt", "DRL_L_wi", "DRL_L_DR"), means, strict=True):
-            metric = get_metric_name(name, strategy, add_experience=False)
-            strategy.evaluator.publish_metric_value(
-                MetricValue(self, metric, mean, strategy.clock.train_iterations)
-            )
+            publish(self, strategy, name, mean)
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Hold nothing of the graph between experiences."""
@@ -242,10 +239,7 @@ class DRLPlugin(SupervisedPlugin):
         """Add the logits if they are selected, once, also where a layer recorded them already."""
         layers = [(name, h) for name, h in recorded if identity(h) != identity(logits)]
         if self._logits or len(layers) < len(recorded):
-            if self._mask_value is not None:
-                # Unseen units hold a constant such as -1000, whose products would drown the rest.
-                logits = logits.masked_fill(logits == self._mask_value, 0.0)
-            layers.append(("logits", logits))
+            layers.append(("logits", unmasked(logits, self._mask_value)))
         return layers
 
     def _refuse_silent_layers(self, silent: list[str]) -> None:

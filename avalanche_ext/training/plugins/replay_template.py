@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 from avalanche.benchmarks.utils.data_loader import TaskBalancedDataLoader
-from avalanche.evaluation.metric_results import MetricValue
-from avalanche.evaluation.metric_utils import get_metric_name
 from avalanche.training.plugins import SupervisedPlugin
 from avalanche.training.storage_policy import ExemplarsBuffer
 from torch.utils.data import DataLoader
@@ -21,6 +19,7 @@ from avalanche_ext.training.checks import check_experience, check_labels_fit
 from avalanche_ext.training.loading.loader import LoaderOptions, ReplayLoader, ReplayPart
 from avalanche_ext.training.loading.sampling import Draw, GroupIndex
 from avalanche_ext.training.loading.sources import as_source
+from avalanche_ext.training.publishing import publish
 from avalanche_ext.training.storage_policy.exemplar_memory import ExemplarMemory, experience_key
 from avalanche_ext.training.storage_policy.policy_memory import PolicyMemory
 
@@ -172,10 +171,7 @@ class ReplayTemplate(SupervisedPlugin):
         """Store exemplars of the experience; log how many and how large."""
         self.memory.post_adapt(strategy, strategy.experience)
         for name, value in (("Exemplars", len(self.memory)), ("Bytes", self.memory.nbytes)):
-            metric = get_metric_name(f"{self.label}_{name}", strategy, add_experience=False)
-            strategy.evaluator.publish_metric_value(
-                MetricValue(self, metric, float(value), strategy.clock.train_iterations)
-            )
+            publish(self, strategy, f"{self.label}_{name}", float(value))
 
     def __str__(self) -> str:
         return self.label

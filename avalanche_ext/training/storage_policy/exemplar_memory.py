@@ -124,7 +124,7 @@ class ExemplarMemory(ExemplarsBuffer):
 
     def locate(self, indices: Tensor) -> Located | None:
         """Tensors and rows of the given slots; ``None`` where samples are kept by reference."""
-        return self._store.locate(indices) if isinstance(self._store, TensorStore) else None
+        return self._store.locate(indices) if self._store is not None else None
 
     @property
     def buffer(self) -> AvalancheDataset:
@@ -132,16 +132,16 @@ class ExemplarMemory(ExemplarsBuffer):
         if not len(self):
             return AvalancheDataset([])
         slots = self.index().slots
-        stored = _Stored(self, slots)
+        stored: Any = _Stored(self, slots)
         targets, *tasks = self.labels(slots)
-        attributes = [DataAttribute(targets.tolist(), "targets")]
-        if tasks:
-            names = DataAttribute(tasks[0].tolist(), "targets_task_labels", use_in_getitem=True)
-            attributes.append(names)
-            return as_taskaware_classification_dataset(
-                AvalancheDataset([stored], data_attributes=attributes)
-            )
-        return AvalancheDataset([stored], data_attributes=attributes)
+        values: Any = targets.tolist()
+        attributes = [DataAttribute(values, "targets")]
+        if not tasks:
+            return AvalancheDataset([stored], data_attributes=attributes)
+        values = tasks[0].tolist()
+        attributes.append(DataAttribute(values, "targets_task_labels", use_in_getitem=True))
+        dataset: Any = AvalancheDataset([stored], data_attributes=attributes)
+        return as_taskaware_classification_dataset(dataset)
 
     @buffer.setter
     def buffer(self, new_buffer: AvalancheDataset) -> None:
@@ -234,7 +234,7 @@ class ExemplarMemory(ExemplarsBuffer):
     def __getstate__(self) -> dict[str, Any]:
         if self._store is not None:
             self._store.trim(self.size)
-        return self.__dict__
+        return dict(self.__dict__)
 
 
 class ExperienceBalancedMemory(ExemplarMemory):

@@ -92,6 +92,10 @@ class PolicyMemory:
             )
         return self._joined.__getitems__(self._joined.split(indices))
 
+    def locate(self, indices: Tensor) -> None:
+        """See ``Source``: the policy's samples may lie in several data sets."""
+        return
+
     def _datasets(self) -> dict[Hashable, Any]:
         if isinstance(self.policy, BalancedExemplarsBuffer):
             return {k: group.buffer for k, group in self.policy.buffer_groups.items()}

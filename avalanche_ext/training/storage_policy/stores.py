@@ -54,7 +54,7 @@ class TensorStore:
             column[slots] = values
 
     def locate(self, indices: Tensor) -> Located:
-        """For each column the tensor and the rows that hold the samples ``indices``."""
+        """See ``Source``."""
         return [(column, indices) for column in self._columns]
 
     def gather(self, indices: Tensor) -> Batch:
@@ -132,6 +132,10 @@ class ReferenceStore:
         ]
         back = torch.from_numpy(np.argsort(order))
         return [torch.cat(c).index_select(0, back) for c in zip(*read, strict=True)]
+
+    def locate(self, indices: Tensor) -> None:
+        """See ``Source``."""
+        return
 
     def labels(self, indices: Tensor) -> Batch:
         """Labels, and task labels where there are any, without reading a sample."""
