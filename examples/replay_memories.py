@@ -63,7 +63,8 @@ def main() -> None:
     for memory in MEMORIES:
         for plugin in (ERPlugin, BERPlugin, ShuffleReplayPlugin):
             # A reservoir keeps no groups: BER then balances by the labels of what it holds.
-            more = {"group_by": "class"} if plugin is BERPlugin else {}
+            groupless = plugin is BERPlugin and memory is ReservoirMemory
+            more = {"group_by": "class"} if groupless else {}
             made = plugin(storage_policy=memory(options.mem), **more)
             name = f"{made} from {memory.__name__}"
             results[name] = accuracy(made, benchmark, 1 if options.smoke else 10)

@@ -6,7 +6,13 @@ import math
 from numbers import Real
 from typing import Any
 
-__all__ = ["check_experience", "check_labels_fit", "check_nonnegative", "check_one_of"]
+__all__ = [
+    "check_count",
+    "check_experience",
+    "check_labels_fit",
+    "check_nonnegative",
+    "check_one_of",
+]
 
 
 def check_nonnegative(owner: str, **values: Any) -> None:
@@ -16,6 +22,15 @@ def check_nonnegative(owner: str, **values: Any) -> None:
             raise TypeError(f"{owner} expects a number {name} >= 0; got {value!r}.")
         if not 0 <= float(value) < math.inf:
             raise ValueError(f"{owner} expects a finite {name} >= 0; got {name}={value}.")
+
+
+def check_count(owner: str, **values: Any) -> None:
+    """Raise unless every value is ``None`` or a whole number >= 1."""
+    for name, value in values.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise TypeError(f"{owner} expects a whole number {name} >= 1 or None; got {value!r}.")
+        if value is not None and value < 1:
+            raise ValueError(f"{owner} expects {name} >= 1 or None; got {name}={value}.")
 
 
 def check_one_of(owner: str, name: str, value: Any, allowed: tuple[Any, ...]) -> None:

@@ -43,8 +43,8 @@ class ReplayPart:
 class ReplayLoader:
     """Mini-batches of the current experience with samples of one or more memories in them.
 
-    Current data and memories form one concatenation; a batch sampler emits the numbers of each
-    batch in it, a ``JoinedSource`` fetches them (with ``num_workers`` processes where asked for).
+    Current data and memories are one ``JoinedSource``; a batch sampler emits the numbers of each
+    batch in it, the source fetches them (with ``num_workers`` processes where asked for).
     On top of a loader of another plugin, memory rows are added to that loader's batches instead.
 
     The numbers depend only on the parts' seeds and on how often the loader has been iterated, so

@@ -37,9 +37,9 @@ from typing import Any
 
 from avalanche.training.storage_policy import ExemplarsBuffer
 
-from avalanche_ext.training.checks import check_one_of
+from avalanche_ext.training.checks import check_count, check_one_of
 from avalanche_ext.training.loading.sampling import BalancedDraw, Draw, GroupIndex, PerGroupDraw
-from avalanche_ext.training.plugins.replay_template import ReplayTemplate, check_count
+from avalanche_ext.training.plugins.replay_template import ReplayTemplate
 
 __all__ = ["BERPlugin"]
 

@@ -23,8 +23,9 @@ from typing import Any
 
 from avalanche.training.storage_policy import ExemplarsBuffer
 
+from avalanche_ext.training.checks import check_count
 from avalanche_ext.training.loading.sampling import Draw, GroupIndex, UniformDraw
-from avalanche_ext.training.plugins.replay_template import ReplayTemplate, check_count
+from avalanche_ext.training.plugins.replay_template import ReplayTemplate
 
 __all__ = ["ERPlugin"]
 

@@ -23,7 +23,7 @@ from avalanche_ext.training.publishing import publish
 from avalanche_ext.training.storage_policy.exemplar_memory import ExemplarMemory, experience_key
 from avalanche_ext.training.storage_policy.policy_memory import PolicyMemory
 
-__all__ = ["DEFAULT_MEM", "ReplayTemplate", "check_count"]
+__all__ = ["DEFAULT_MEM", "ReplayTemplate"]
 
 DEFAULT_MEM = 200
 
@@ -70,8 +70,21 @@ class ReplayTemplate(SupervisedPlugin):
                 f"{self.label} got mem={mem} and a storage_policy for {storage_policy.max_size} "
                 f"samples; give one of the two."
             )
-        ours = isinstance(storage_policy, ExemplarMemory)
-        self.memory = storage_policy if ours else PolicyMemory(storage_policy)
+        if mem_scope != "experience":
+            raise ValueError(
+                f"{self.label} got mem_scope={mem_scope!r} and a storage_policy, which has a scope "
+                f"of its own; give one of the two."
+            )
+        if isinstance(storage_policy, ExemplarMemory):
+            own = storage_policy.group_by
+            if group_by not in ("experience", own) and own is not None:
+                raise ValueError(
+                    f"{self.label} got group_by={group_by!r} and a storage_policy that is grouped "
+                    f"by {own!r}; leave group_by out, or choose a memory of that grouping."
+                )
+            self.memory = storage_policy
+        else:
+            self.memory = PolicyMemory(storage_policy)
 
     _seed: int | None = None
     _name = ""
@@ -180,15 +193,6 @@ class ReplayTemplate(SupervisedPlugin):
 
     def _current_key(self, strategy: Any) -> Hashable:
         return experience_key(strategy.experience, -1)
-
-
-def check_count(owner: str, **values: Any) -> None:
-    """Raise unless every value is ``None`` or a whole number >= 1."""
-    for name, value in values.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise TypeError(f"{owner} expects a whole number {name} >= 1 or None; got {value!r}.")
-        if value is not None and value < 1:
-            raise ValueError(f"{owner} expects {name} >= 1 or None; got {name}={value}.")
 
 
 def _is_avalanches_own(loader: Any, strategy: Any) -> bool:

@@ -151,10 +151,26 @@ def parametric(mem):
     return ParametricBuffer(mem, groupby="class")
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ERPlugin(mem_scope="total", storage_policy=ReservoirMemory(9)), "a scope"),
+        (
+            lambda: BERPlugin(group_by="class", storage_policy=ExperienceBalancedMemory(9)),
+            "grouped by 'experience'",
+        ),
+    ],
+)
+def test_a_memory_and_a_setting_of_the_memory_are_not_both_taken(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
 @pytest.mark.parametrize("policy", [*OURS, *THEIRS, parametric], ids=lambda p: p.__name__)
 @pytest.mark.parametrize("name", PLUGINS)
 def test_every_storage_policy_is_replayed(name, policy):
-    group_by = {"group_by": "class"} if name == "BER" else {}
+    groupless = name == "BER" and policy in (ReservoirMemory, ReservoirSamplingBuffer)
+    group_by = {"group_by": "class"} if groupless else {}
     plugin = PLUGINS[name](storage_policy=policy(12), **group_by)
     groups = []
 
