@@ -34,7 +34,10 @@ def cosine_similarities(rows: Tensor) -> Tensor:
     Shapes:
         rows ``(B, ...)``, flattened behind the first axis; result ``(B, B)``.
     """
-    rows = F.normalize(rows.flatten(1), dim=1)
+    rows = rows.flatten(1)
+    largest = rows.abs().amax(dim=1, keepdim=True)
+    # Gradients of well-learnt samples are tiny: scale first, or their norms vanish in the squares.
+    rows = F.normalize(rows / largest.where(largest > 0, torch.ones_like(largest)), dim=1)
     return rows @ rows.T
 
 

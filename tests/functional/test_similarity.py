@@ -125,3 +125,10 @@ def test_per_sample_gradients_use_the_given_loss(net):
     x, y = torch.randn(3, 4, dtype=torch.float64), torch.tensor([0, 1, 2])
     double = per_sample_gradients(net, x, y, lambda out, t: 2 * F.cross_entropy(out, t))
     torch.testing.assert_close(double, 2 * per_sample_gradients(net, x, y))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-13, 1.0, 1e18])
+def test_cosine_does_not_depend_on_the_length_of_a_row(scale):
+    rows = torch.tensor([[3.0, 4.0], [6.0, 8.0], [4.0, -3.0]])
+    expected = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    torch.testing.assert_close(cosine_similarities(scale * rows), expected, rtol=0, atol=1e-6)
