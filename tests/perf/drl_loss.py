@@ -44,13 +44,9 @@ def floor(h):
     return run
 
 
-def peak(batch, width, method):
-    def prepare():
-        h, y = case(batch, width)
-        step(*case(8, 16), method)()  # what torch sets up once is not the method's
-        return step(h, y, method)
-
-    return peak_bytes(prepare)
+def prepared(batch, width, method):
+    step(*case(64, 4096), method)()  # what torch sets up once is not the method's
+    return step(*case(batch, width), method)
 
 
 def main() -> None:
@@ -60,14 +56,13 @@ def main() -> None:
     for batch, width in sizes[:4] if options.quick else sizes:
         h, y = case(batch, width)
         methods = ["class_sums", "auto", "gram"]
-        repeats = options.repeats
-        if batch * batch * width > 1e12:  # minutes per Gram step: once is enough to see it
-            repeats = 1
+        heavy = batch * batch * width > 1e12  # minutes per Gram step: once is enough to see it
+        repeats = 1 if heavy else options.repeats
         # A millisecond's worth of steps in each measurement, so that the clock does not matter.
         inner = max(1, round(2e6 / (batch * width)))
         variants = {"floor": floor(h), **{m: step(h, y, m) for m in methods}}
         repeated = {name: many(run, inner) for name, run in variants.items()}
-        seconds = {k: v / inner for k, v in interleaved(repeated, repeats).items()}
+        seconds = {k: v / inner for k, v in interleaved(repeated, repeats, not heavy).items()}
         row = {
             "batch": batch,
             "width": width,
@@ -78,7 +73,7 @@ def main() -> None:
             "gram_over_class_sums": seconds["gram"] / seconds["class_sums"],
             "auto_over_best": seconds["auto"] / min(seconds["gram"], seconds["class_sums"]),
             "activations_bytes": 4 * batch * width,
-            "peak_bytes": {m: peak(batch, width, m) for m in methods},
+            "peak_bytes": {m: peak_bytes(prepared, batch, width, m) for m in methods},
         }
         rows.append(row)
         print(

@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -19,10 +18,12 @@ import torch
 RESULTS = Path(__file__).parents[2] / "examples" / "results" / "perf"
 
 
-def interleaved(variants: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+def interleaved(
+    variants: dict[str, Callable[[], Any]], repeats: int, warm_up: bool = True
+) -> dict[str, float]:
     """Median seconds of each variant; one round runs each of them once, after a warm-up round."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for round_ in range(repeats + 1):
+    for round_ in range(0 if warm_up else 1, repeats + 1):
         for name, run in variants.items():
             start = time.perf_counter()
             run()
@@ -33,24 +34,23 @@ def interleaved(variants: dict[str, Callable[[], Any]], repeats: int) -> dict[st
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def peak_bytes(prepare: Callable[[], Callable[[], Any]]) -> int:
-    """How far ``prepare()()`` raises the peak resident memory, in a process of its own."""
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
+def peak_bytes(prepare: Callable[..., Callable[[], Any]], *args: Any) -> int:
+    """How far ``prepare(*args)()`` raises the peak resident memory, in a fresh process."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_raised_by, (prepare, args))
 
-    def child() -> None:
-        torch.set_num_threads(1)
-        run = prepare()
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        run()
-        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        sender.send((after - before) * 1024)
 
-    process = context.Process(target=child)
-    process.start()
-    result = receiver.recv()
-    process.join()
-    return result
+def _raised_by(prepare: Callable[..., Callable[[], Any]], args: tuple[Any, ...]) -> int:
+    run = prepare(*args)
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far (Linux)
+    before = _peak()
+    run()
+    return _peak() - before
+
+
+def _peak() -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def arguments(description: str) -> argparse.Namespace:

@@ -24,7 +24,9 @@ Faithfulness:
        it. Its replayed part is complete.
     7. With task labels each replayed sample goes through its own head. The authors' code sends it
        through the current one.
-    8. Data with random augmentation is augmented anew at each replay; the authors store tensors.
+    8. The authors' later code has variants that guarantee pairs of one class in batches with fewer
+       places than classes (BER1, BER2). They are not offered; the behaviour here is its BER0.
+    9. Data with random augmentation is augmented anew at each replay; the authors store tensors.
 
 Cost: ``t + 1`` times the samples per step in experience t (``max_groups=k`` bounds it by
 ``k + 1`` times, ``mode="balanced"`` by one time). Drawing and gathering cost no more than the
