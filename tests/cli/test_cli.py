@@ -68,6 +68,15 @@ def test_a_run_writes_the_folder_that_the_architecture_fixes(finished):
             assert bool(drl) == (home == out)
 
 
+def test_rows_are_after_training_and_columns_are_what_is_tested(finished):
+    out, _ = finished
+    naive = out / "baselines" / "naive__split_digits" / "seed_0" / "result.json"
+    matrix = json.loads(naive.read_text())["accuracy_matrix"]
+    for i, row in enumerate(matrix):  # Naive knows what it has just seen, and nothing ahead
+        assert row[i] == max(row) > 0
+        assert row[i + 1 :] == [0.0] * (len(matrix) - 1 - i)
+
+
 def test_the_summary_follows_from_the_results(finished):
     out, _ = finished
     rows = json.loads((out / "summary.json").read_text())["rows"]
