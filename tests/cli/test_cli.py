@@ -72,8 +72,8 @@ def test_rows_are_after_training_and_columns_are_what_is_tested(finished):
     out, _ = finished
     naive = out / "baselines" / "naive__split_digits" / "seed_0" / "result.json"
     matrix = json.loads(naive.read_text())["accuracy_matrix"]
-    for i, row in enumerate(matrix):  # Naive knows what it has just seen, and nothing ahead
-        assert row[i] == max(row) > 0
+    for i, row in enumerate(matrix):  # something of what it has just seen, nothing of what is ahead
+        assert row[i] > 0
         assert row[i + 1 :] == [0.0] * (len(matrix) - 1 - i)
 
 
