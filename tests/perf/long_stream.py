@@ -85,9 +85,7 @@ def main() -> None:
             if near and k:
                 hand = by_hand(model, optimizer, counter.rows)
                 held = getattr(plugin, "bytes_remembered", 0)
-                beyond = (
-                    len(pickle.dumps(plugin)) - plugin.bytes_remembered if k in points else None
-                )
+                beyond = len(pickle.dumps(plugin)) - held if k in points else None
                 rows.append({
                     "mode": mode,
                     "experience": k,
