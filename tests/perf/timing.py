@@ -18,15 +18,19 @@ import torch
 RESULTS = Path(__file__).parents[2] / "examples" / "results" / "perf"
 
 
-def interleaved(
-    variants: dict[str, Callable[[], Any]], repeats: int, warm_up: bool = True
-) -> dict[str, float]:
-    """Median seconds of each variant; one round runs each of them once, after a warm-up round."""
+def interleaved(variants: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median seconds of each variant; one round runs each of them once, after a warm-up round.
+
+    Each round begins with another variant: what one leaves behind (freed memory, a warm cache)
+    would otherwise always fall to the same one.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for round_ in range(0 if warm_up else 1, repeats + 1):
-        for name, run in variants.items():
+    names = list(variants)
+    for round_ in range(repeats + 1):
+        first = round_ % len(names)
+        for name in names[first:] + names[:first]:
             start = time.perf_counter()
-            run()
+            variants[name]()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if round_:
