@@ -132,9 +132,10 @@ def speed(_: str) -> str:
                     for r in loss["rows"]
                 ],
             ),
-            "For small batches the ratio is a fixed fifth of a millisecond of tensor operations and, "
-            "for wide layers, tables of classes by features that are as large as the batch. For the largest ones nearly all time goes into fresh memory from the operating "
-            "system, on both sides, so ratios below 1 say nothing about the arithmetic.",
+            "For small batches the ratio is a fixed fifth of a millisecond of tensor operations "
+            "and, for wide layers, tables of classes by features as large as the batch itself. For "
+            "the largest ones nearly all time goes into fresh memory from the operating system, on "
+            "both sides, so ratios below 1 say nothing about the arithmetic.",
             "Loading, per step, over a hand-written index-and-gather loop with the same draws, and "
             "Avalanche's `ReplayPlugin` over `ERPlugin` on the same work:",
             _rows(
