@@ -41,18 +41,15 @@ class Progress(SupervisedPlugin):
         title: Text in front of the bar.
         n_experiences: Length of the stream.
         epochs: Epochs per experience.
-        enabled: Whether to draw it; by default only on a terminal.
+
+    Drawn on a terminal only.
     """
 
-    def __init__(
-        self, title: str, n_experiences: int, epochs: int, enabled: bool | None = None
-    ) -> None:
+    def __init__(self, title: str, n_experiences: int, epochs: int) -> None:
         super().__init__()
         self.n_experiences = n_experiences
-        self._bar = tqdm(
-            total=n_experiences * epochs, desc=title, unit="epoch", leave=False,
-            disable=None if enabled is None else not enabled,
-        )  # fmt: skip
+        total = n_experiences * epochs
+        self._bar = tqdm(total=total, desc=title, unit="epoch", leave=False, disable=None)
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Name the experience."""

@@ -67,11 +67,16 @@ def run_recipe(
 
     Raises:
         FinishedError: If the folder holds this very run, complete.
-        ValueError: If it holds a run of other settings.
+        ValueError: If it holds a run of other settings, or files that are no run.
     """
     members = [(out, recipe)] + [
         (out / "baselines" / b.name.replace("/", "__"), b) for b in baselines
     ]
+    if out.exists() and not (out / "recipe.json").exists() and any(out.iterdir()):
+        raise ValueError(
+            f"{out} holds files, but no run (no recipe.json); choose another --out. Nothing of it "
+            f"was touched."
+        )
     if overwrite and out.exists():
         shutil.rmtree(out)
     for folder, member in members:

@@ -136,6 +136,23 @@ def test_a_mistake_gives_one_clear_line(command, message, capsys, tmp_path):
     assert message in lines[-1]
 
 
+@pytest.mark.parametrize("more", [[], ["--overwrite"]])
+def test_a_folder_of_other_files_is_never_touched(more, tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("precious")
+    command = ["run", "naive/split_digits", "--smoke", "--out", str(tmp_path), *more]
+    assert main(command) == 2
+    assert "holds files, but no run" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_overwrite_runs_anew(tmp_path):
+    command = ["run", "naive/split_digits", "--smoke", "--out", str(tmp_path)]
+    assert main(command) == 0
+    (tmp_path / "seed_0" / "result.json").write_text("spoilt")
+    assert main([*command, "--overwrite"]) == 0
+    assert json.loads((tmp_path / "seed_0" / "result.json").read_text())["seed"] == 0
+
+
 def test_other_settings_do_not_overwrite_a_run(finished, capsys):
     _, command = finished
     assert main([*command, "--set", "lam=0.5"]) == 2
