@@ -72,6 +72,8 @@ def run_recipe(
     members = [(out, recipe)] + [
         (out / "baselines" / b.name.replace("/", "__"), b) for b in baselines
     ]
+    if out.is_file():
+        raise ValueError(f"{out} is a file; --out names the folder of the run.")
     if out.exists() and not (out / "recipe.json").exists() and any(out.iterdir()):
         raise ValueError(
             f"{out} holds files, but no run (no recipe.json); choose another --out. Nothing of it "

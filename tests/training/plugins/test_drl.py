@@ -585,3 +585,52 @@ def test_it_can_be_copied_inside_an_experience(clone):
     assert len(copier.copies) == 5
     assert copier.copies[-1].last == plugin.last
     assert copier.copies[0].last != plugin.last
+
+
+def small_timm(n_classes):
+    timm = pytest.importorskip("timm")
+    return timm.create_model(
+        "vit_tiny_patch16_224", pretrained=False, num_classes=n_classes, img_size=16,
+        patch_size=8, depth=1, embed_dim=24, num_heads=2,
+    )  # fmt: skip
+
+
+def resnet(n_classes):
+    from torchvision.models import ResNet
+    from torchvision.models.resnet import BasicBlock
+
+    return ResNet(BasicBlock, [1, 1, 1, 1], num_classes=n_classes)
+
+
+@pytest.mark.parametrize(
+    ("make", "tensors"), [(resnet, 3), (small_timm, 2)], ids=["resnet", "timm"]
+)
+def test_residual_and_timm_models_train_with_replay_on_their_default_layers(make, tensors):
+    from avalanche.benchmarks import tensors_benchmark
+
+    from avalanche_ext import BERPlugin
+
+    x, y = torch.rand(24, 3, 16, 16), torch.arange(24) // 6
+    parts = [(x[:12], y[:12]), (x[12:], y[12:])]
+    benchmark = tensors_benchmark(train_tensors=parts, test_tensors=parts, task_labels=[0, 0])
+    recorded = []
+
+    torch.manual_seed(0)
+    plugin = DRLPlugin(1e-4)
+    kept = plugin._representations
+
+    def watched(logits, batch_size):
+        found = kept(logits, batch_size)
+        recorded.append([tuple(h.shape) for h in found])
+        return found
+
+    plugin._representations = watched
+    strategy = naive(make(4), [plugin, BERPlugin(6)], lr=0.01, batch=6)
+    before = [p.detach().clone() for p in strategy.model.parameters()]
+    for experience in benchmark.train_stream:
+        strategy.train(experience, eval_streams=[])
+    assert [len(shapes) for shapes in recorded] == [tensors] * 4
+    assert {shapes[-1] for shapes in recorded} == {(6, 4), (12, 4)}
+    assert all(torch.isfinite(p).all() for p in strategy.model.parameters())
+    after = strategy.model.parameters()
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
