@@ -26,6 +26,7 @@ def split_by_class(
     class_order: Sequence[int] | None = None,
     train_per_experience: int | None = None,
     seed: int = 0,
+    **transforms: Any,
 ) -> Any:
     """A stream in which every experience brings its own classes.
 
@@ -39,6 +40,7 @@ def split_by_class(
         class_order: The classes in the order of arrival; ascending by default.
         train_per_experience: Keep this many random training images of each experience.
         seed: Seed of that choice.
+        **transforms: ``train_transform`` and ``eval_transform`` of the images.
 
     Raises:
         ValueError: If the classes cannot be divided, or the order is not a permutation of them.
@@ -68,15 +70,18 @@ def split_by_class(
         [cut(images, k) for k in range(n_experiences)] for images in (train, test)
     ]  # fmt: skip
     streams[0] = [_thin(images, train_per_experience, generator) for images in streams[0]]
-    return benchmark_of(*streams, task_labels=scenario == "task")
+    return benchmark_of(*streams, task_labels=scenario == "task", **transforms)
 
 
-def benchmark_of(train: list[Images], test: list[Images], *, task_labels: bool = False) -> Any:
+def benchmark_of(
+    train: list[Images], test: list[Images], *, task_labels: bool = False, **transforms: Any
+) -> Any:
     """An Avalanche benchmark with one experience for each pair of tensors."""
     return tensors_benchmark(
         train_tensors=train,
         test_tensors=test,
         task_labels=list(range(len(train))) if task_labels else [0] * len(train),
+        **transforms,
     )
 
 

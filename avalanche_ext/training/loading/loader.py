@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from avalanche_ext.training.distributed import rank_and_world, share
 from avalanche_ext.training.loading.sampling import Draw, GroupIndex, MergeDraw, seeded
 from avalanche_ext.training.loading.sources import Batch, JoinedSource, Source, join_batches
 
-__all__ = ["LoaderOptions", "ReplayLoader", "ReplayPart"]
+__all__ = ["LoaderOptions", "ReplayLoader", "ReplayPart", "options_for"]
 
 
 @dataclass(frozen=True)
 class LoaderOptions:
-    """What ``strategy.train`` was told about loading."""
+    """What ``strategy.train`` was told about loading, and which share of a batch is wanted.
+
+    ``shard``: the rank of this process and how many share each batch; alone by default.
+    """
 
     batch_size: int
     num_workers: int = 0
@@ -26,6 +31,28 @@ class LoaderOptions:
     drop_last: bool = False
     pin_memory: bool = False
     persistent_workers: bool = False
+    shard: tuple[int, int] = (0, 1)
+
+
+def options_for(
+    strategy: Any,
+    num_workers: int = 0,
+    shuffle: bool = True,
+    drop_last: bool = False,
+    pin_memory: bool | None = None,
+    persistent_workers: bool = False,
+    **kwargs: Any,
+) -> LoaderOptions:
+    """The options of a strategy's training loader, from what ``strategy.train`` was told.
+
+    A plugin that keeps data on the device says (by ``fallback_workers``) how many processes read
+    the data that it cannot keep, unless the user has said so.
+    """
+    asked = [getattr(p, "fallback_workers", 0) for p in strategy.plugins]
+    return LoaderOptions(
+        strategy.train_mb_size, num_workers or max(asked), shuffle, drop_last, bool(pin_memory),
+        persistent_workers or any(asked), rank_and_world(strategy),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,6 +73,7 @@ class ReplayLoader:
     Current data and memories are one ``JoinedSource``; a batch sampler emits the numbers of each
     batch in it, the source fetches them (with ``num_workers`` processes where asked for).
     On top of a loader of another plugin, memory rows are added to that loader's batches instead.
+    With several ranks, each takes its share of every batch (``global_rows`` counts all of it).
 
     The numbers depend only on the parts' seeds and on how often the loader has been iterated, so
     a run that starts again at the same epoch draws the same samples. The order in which plugins
@@ -61,23 +89,31 @@ class ReplayLoader:
         self, current: Source | Iterable[Any], options: LoaderOptions, parts: Iterable[ReplayPart]
     ) -> None:
         self.current = current
-        self.options = options
+        # Whoever cuts another loader's batches cuts the memory rows in them too.
+        self.options = options if self.sharded else replace(options, shard=(0, 1))
         self.parts = sorted(parts, key=lambda part: part.name)
         self.epoch = 0
+        self.global_rows = 0
         self._dataloader: DataLoader | None = None
         if not self.parts:
             raise ValueError("ReplayLoader needs at least one memory part.")
         choosy = [p.name for p in self.parts if p.draw.reshapes_current]
         if choosy and not self._owns_current:
+            theirs = getattr(current, "loader", current)  # seen through a ResidentLoader
             raise ValueError(
                 f"{choosy} decide how many current samples a batch has, so they need the current "
-                f"data itself, but another plugin has put a {type(current).__name__} in its "
+                f"data itself, but another plugin has put a {type(theirs).__name__} in its "
                 f"place. Use one of them, or a mode that only adds samples."
             )
 
     @property
     def _owns_current(self) -> bool:
         return hasattr(self.current, "gather")
+
+    @property
+    def sharded(self) -> bool:
+        """Whether batches hold this rank's share only; they do not on top of another loader."""
+        return self._owns_current
 
     def with_part(self, part: ReplayPart) -> ReplayLoader:
         """A loader that has one part more."""
@@ -103,9 +139,11 @@ class ReplayLoader:
 
     def _load(self, plan: _Plan) -> Iterator[Batch]:
         options = self.options
-        if options.num_workers == 0 and not options.pin_memory:
-            for indices in plan:
-                yield plan.source.__getitems__(indices)
+        if plan.source.direct or (options.num_workers == 0 and not options.pin_memory):
+            generator = seeded(*self.parts[0].seed, plan.epoch, -3, options.shard[0])
+            for indices in plan.shares():
+                self.global_rows = plan.rows.popleft()
+                yield plan.source.batch(indices, generator)
             return
         if self._dataloader is None or not options.persistent_workers:
             self._dataloader = DataLoader(
@@ -118,7 +156,9 @@ class ReplayLoader:
                 generator=seeded(*self.parts[0].seed, plan.epoch, -1),
             )
         self._dataloader.batch_sampler.plan = plan  # type: ignore[union-attr]
-        yield from self._dataloader
+        for batch in self._dataloader:
+            self.global_rows = plan.rows.popleft()
+            yield batch
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_dataloader": None}  # worker processes cannot be pickled
@@ -137,6 +177,7 @@ class _Plan:
     parts: list[ReplayPart]
     epoch: int
     source: JoinedSource = field(init=False)
+    rows: deque[int] = field(init=False, default_factory=deque)  # of batches under way, all ranks
 
     def __post_init__(self) -> None:
         self.generators = [seeded(*part.seed, self.epoch) for part in self.parts]
@@ -160,6 +201,13 @@ class _Plan:
         samples = len(self.current) + sum(len(self.parts[k].index) for k in self.merged)
         whole, rest = divmod(samples, self.batch_size)
         return whole + (rest > 0 and not self.options.drop_last)
+
+    def shares(self) -> Iterator[list[Tensor]]:
+        """This rank's share of every batch."""
+        rank, world = self.options.shard
+        for indices in self:
+            self.rows.append(sum(i.shape[0] for i in indices))
+            yield indices if world == 1 else share(indices, rank, world)
 
     def __iter__(self) -> Iterator[list[Tensor]]:
         merged, nothing = self.merged, [torch.zeros(0, dtype=torch.int64)] * len(self.parts)
@@ -211,7 +259,7 @@ class _Replaceable(Sampler):
         return len(self.plan)
 
     def __iter__(self) -> Iterator[list[Tensor]]:
-        return iter(self.plan)
+        return self.plan.shares()
 
 
 def _identity(batch: Batch) -> Batch:

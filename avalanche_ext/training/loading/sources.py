@@ -6,15 +6,21 @@ A batch is Avalanche's list of columns, ``[x, y, task label]`` or ``[x, y]``.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
-from avalanche.benchmarks.utils.flat_data import ConstantSequence, FlatData
 from avalanche.benchmarks.utils.transforms import TupleTransform
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.utils.data import Dataset, TensorDataset
+
+from avalanche_ext.training.loading.flat_data import (
+    Leaf,
+    attribute_values,
+    extra_columns,
+    leaves_of,
+)
 
 __all__ = [
     "DatasetSource",
@@ -22,11 +28,13 @@ __all__ = [
     "Source",
     "TensorSource",
     "as_source",
-    "attribute_values",
+    "join_batches",
+    "source_for",
 ]
 
 Batch = list[Tensor]
 Located = list[tuple[Tensor, Tensor]]
+BatchTransform = Callable[[Tensor, Generator | None], Tensor]
 
 
 class Source(Protocol):
@@ -34,8 +42,16 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def gather(self, indices: Tensor) -> Batch:
-        """The samples ``indices`` (int64, on the CPU) as columns, in that order."""
+    @property
+    def transform(self) -> BatchTransform | None:
+        """What ``gather`` still does to the rows that ``locate`` finds; ``None`` for nothing."""
+        ...
+
+    def gather(self, indices: Tensor, generator: Generator | None = None) -> Batch:
+        """The samples ``indices`` (int64, on the CPU) as columns, in that order.
+
+        ``generator`` is for random transforms of the batch; by default torch's global one.
+        """
         ...
 
     def locate(self, indices: Tensor) -> Located | None:
@@ -47,31 +63,43 @@ class TensorSource:
     """Samples held as tensors: a batch is one ``index_select`` per column.
 
     Args:
-        columns: ``x``, ``y`` and, where there are task labels, ``t``.
+        columns: ``x``, ``y`` and, where there are task labels, ``t``, all on one device.
         rows: Row of ``columns[0]`` for each sample; by default sample ``i`` is row ``i``. The
             other columns are already in sample order.
+        transform: Applied to the gathered rows of ``x``.
     """
 
-    def __init__(self, columns: Sequence[Tensor], rows: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        columns: Sequence[Tensor],
+        rows: Tensor | None = None,
+        transform: BatchTransform | None = None,
+    ) -> None:
         self.columns = list(columns)
         self.rows = rows
+        self.transform = transform
 
     def __len__(self) -> int:
         return len(self.columns[1])
 
     def locate(self, indices: Tensor) -> Located:
         """See ``Source``."""
-        rows = indices if self.rows is None else self.rows.index_select(0, indices)
         x, *rest = self.columns
+        if indices.device != x.device:
+            indices = indices.to(x.device, non_blocking=True)
+        rows = indices if self.rows is None else self.rows.index_select(0, indices)
         return [(x, rows), *((c, indices) for c in rest)]
 
-    def gather(self, indices: Tensor) -> Batch:
+    def gather(self, indices: Tensor, generator: Generator | None = None) -> Batch:
         """See ``Source``."""
-        return [column.index_select(0, rows) for column, rows in self.locate(indices)]
+        batch = [column.index_select(0, rows) for column, rows in self.locate(indices)]
+        return transformed(batch, self.transform, generator)
 
 
 class DatasetSource:
     """Samples of any dataset, read one by one through its own transforms."""
+
+    transform = None
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -79,7 +107,7 @@ class DatasetSource:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def gather(self, indices: Tensor) -> Batch:
+    def gather(self, indices: Tensor, generator: Generator | None = None) -> Batch:
         """See ``Source``."""
         return list(self.dataset.collate_fn([self.dataset[i] for i in indices.tolist()]))
 
@@ -100,18 +128,29 @@ class JoinedSource(Dataset):
         self.bounds = np.concatenate([[0], np.cumsum(sizes)]).tolist()
         nothing = torch.zeros(0, dtype=torch.int64)
         located = [source.locate(nothing) for source in self.sources]
-        self._direct = None not in located and _alike(located)  # all in tensors of one kind
+        self._transform = self.sources[0].transform if self.sources else None
+        # All in tensors of one kind, treated in one way: worker processes would only slow it down.
+        self.direct = (
+            None not in located
+            and _alike(located)
+            and all(source.transform == self._transform for source in self.sources)
+        )
 
     def __len__(self) -> int:
         return self.bounds[-1]
 
     def __getitems__(self, indices: Sequence[Tensor]) -> Batch:
         """One batch; the name is the one that torch's fetcher looks for."""
+        return self.batch(indices)
+
+    def batch(self, indices: Sequence[Tensor], generator: Generator | None = None) -> Batch:
+        """One batch, with the generator of its random transforms."""
         wanted = [(s, i) for s, i in zip(self.sources, indices, strict=True) if i.shape[0]]
-        if not self._direct:
-            return join_batches([source.gather(mine) for source, mine in wanted])
+        if not self.direct:
+            return join_batches([source.gather(mine, generator) for source, mine in wanted])
         located: list[Any] = [source.locate(mine) for source, mine in wanted]
-        return [_select(parts) for parts in zip(*located, strict=True)]
+        batch = [_select(parts) for parts in zip(*located, strict=True)]
+        return transformed(batch, self._transform, generator)
 
     def split(self, numbers: Tensor) -> list[Tensor]:
         """Numbers in the whole row of sources as numbers in each source."""
@@ -119,11 +158,20 @@ class JoinedSource(Dataset):
         return [numbers[(numbers >= low) & (numbers < high)] - low for low, high in spans]
 
 
+def transformed(
+    batch: Batch, transform: BatchTransform | None, generator: Generator | None
+) -> Batch:
+    """The batch with its ``x`` transformed."""
+    if transform is not None:
+        batch[0] = transform(batch[0], generator)
+    return batch
+
+
 def _alike(located: Sequence[Any]) -> bool:
     if len({len(columns) for columns in located}) > 1:
         return False
     return all(
-        c.dtype == first.dtype and c.shape[1:] == first.shape[1:]
+        c.dtype == first.dtype and c.shape[1:] == first.shape[1:] and c.device == first.device
         for columns in located[1:]
         for (c, _), (first, _) in zip(columns, located[0], strict=True)
     )
@@ -158,7 +206,28 @@ def join_batches(parts: Sequence[Batch]) -> Batch:
         )
     if len(parts) == 1:
         return list(parts[0])
-    return [torch.cat(columns) for columns in zip(*parts, strict=True)]
+    return [torch.cat(on_one_device(columns)) for columns in zip(*parts, strict=True)]
+
+
+def on_one_device(columns: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors on the accelerator that one of them is on, or as they are."""
+    devices = {c.device for c in columns}
+    if len(devices) == 1:
+        return list(columns)
+    there = next(device for device in devices if device.type != "cpu")
+    return [c.to(there, non_blocking=True) for c in columns]
+
+
+def source_for(strategy: Any, dataset: Any) -> Source:
+    """The source of a data set that ``strategy`` trains on or replays.
+
+    A plugin that keeps data on the device (one with ``resident_source``) is asked first.
+    """
+    for plugin in getattr(strategy, "plugins", ()):
+        ask = getattr(plugin, "resident_source", None)
+        if ask is not None and (source := ask(strategy, dataset)) is not None:
+            return source
+    return as_source(dataset)
 
 
 def as_source(dataset: Any) -> Source:
@@ -172,86 +241,35 @@ def as_source(dataset: Any) -> Source:
     return DatasetSource(dataset) if source is None else source
 
 
-def attribute_values(dataset: Any, name: str) -> Tensor | None:
-    """An attribute such as ``targets`` as int64, without a Python call per sample."""
-    attribute = getattr(dataset, name, None)
-    if attribute is None:
-        return None
-    data = getattr(attribute, "data", attribute)
-    return torch.from_numpy(_values(data, np.arange(len(dataset))))
-
-
-def _values(node: Any, at: np.ndarray) -> np.ndarray:
-    if isinstance(node, ConstantSequence):
-        return np.full(len(at), int(node[0]) if len(node) else 0, dtype=np.int64)
-    if isinstance(node, FlatData):
-        result = np.empty(len(at), dtype=np.int64)
-        for child, where, positions in _children(node, at):
-            result[where] = _values(child, positions)
-        return result
-    if isinstance(node, Tensor | np.ndarray):
-        return np.asarray(node, dtype=np.int64)[at]
-    if len(at) * 4 < len(node):  # a few out of many: do not convert them all
-        return np.fromiter((int(node[int(i)]) for i in at), np.int64, len(at))
-    return np.fromiter((int(v) for v in node), np.int64, len(node))[at]
-
-
-def _children(node: FlatData, at: np.ndarray) -> list[tuple[Any, Any, np.ndarray]]:
-    """For each child that is touched: the child, where its samples go, their numbers in it.
-
-    The private fields of Avalanche's ``FlatData`` are read in this file only.
-    """
-    if node._indices is not None:
-        at = np.asarray(node._indices[:] if isinstance(node._indices, list) else _eager(node))[at]
-    if len(node._datasets) == 1:
-        return [(node._datasets[0], slice(None), at)]
-    ends = np.asarray(node._cumulative_sizes)
-    owner = np.searchsorted(ends, at, side="right")
-    found = []
-    for k in np.unique(owner):
-        where = np.flatnonzero(owner == k)
-        found.append((node._datasets[k], where, at[where] - (ends[k - 1] if k else 0)))
-    return found
-
-
-def _eager(node: FlatData) -> np.ndarray:
-    indices = cast(Sequence[int], node._indices)
-    return np.fromiter((int(indices[i]) for i in range(len(indices))), np.int64, len(indices))
-
-
 def _tensor_source(dataset: Any) -> TensorSource | None:
-    flat = getattr(dataset, "_flat_data", None)
+    leaves = leaves_of(dataset)
+    if len(leaves) != 1 or any(_changes_x(t) for t in leaves[0].transforms):
+        return None
+    source = tensor_source(dataset, leaves[0])
+    return source if source is not None and agrees(source, dataset) else None
+
+
+def tensor_source(dataset: Any, leaf: Leaf) -> TensorSource | None:
+    """The rows of ``leaf``, before any transform of ``x``, if it is a ``TensorDataset``.
+
+    Args:
+        dataset: The whole data set, of which ``leaf`` is the only one.
+        leaf: See ``leaves_of``.
+    """
     targets = attribute_values(dataset, "targets")
-    if flat is None or targets is None or len(dataset) == 0:
+    tensors = getattr(leaf.dataset, "tensors", ())
+    extra = extra_columns(dataset)
+    if targets is None or extra not in ([], ["targets_task_labels"]):
         return None
-    extra = [a.name for a in dataset._data_attributes.values() if a.use_in_getitem]
-    if extra not in ([], ["targets_task_labels"]):
+    if not isinstance(leaf.dataset, TensorDataset) or len(tensors) != 2:
         return None
-    leaf, rows = _single_leaf(flat, np.arange(len(dataset)))
-    if not isinstance(leaf, TensorDataset) or len(leaf.tensors) != 2:
+    if tensors[1].ndim != 1 or tensors[1].is_floating_point():
         return None
-    columns = [leaf.tensors[0], targets]
+    rows = leaf.rows if isinstance(leaf.where, slice) else leaf.rows[np.argsort(leaf.where)]
+    columns = [tensors[0], targets]
     if extra:
         columns.append(cast(Tensor, attribute_values(dataset, "targets_task_labels")))
-    source = TensorSource(columns, torch.from_numpy(rows))
-    return source if _agrees(source, dataset, leaf.tensors[1]) else None
-
-
-def _single_leaf(node: Any, at: np.ndarray) -> tuple[Any, np.ndarray]:
-    """Follow subsets down to one leaf; ``(None, ...)`` at a branch or at a transform of ``x``."""
-    while isinstance(node, FlatData):
-        for groups in (
-            getattr(node, "_transform_groups", None),
-            getattr(node, "_frozen_transform_groups", None),
-        ):
-            if groups is not None and _changes_x(groups[groups.current_group]):
-                return None, at
-        children = _children(node, at)
-        if len(children) != 1:
-            return None, at
-        node, where, positions = children[0]
-        at = positions if isinstance(where, slice) else positions[np.argsort(where)]
-    return node, at
+    return TensorSource(columns, torch.from_numpy(rows))
 
 
 def _changes_x(transform: Any) -> bool:
@@ -260,18 +278,23 @@ def _changes_x(transform: Any) -> bool:
     return not (isinstance(transform, TupleTransform) and transform.transforms[0] is None)
 
 
-def _agrees(source: TensorSource, dataset: Any, stored: Tensor) -> bool:
+def agrees(source: TensorSource, dataset: Any, *, compare_x: bool = True) -> bool:
     """Compare one sample for each pair of stored label and target.
 
     Target transforms are functions of the stored label, so no other sample can differ in ``y``.
+    With random transforms only the type and shape of ``x`` can be compared.
     """
-    if stored.ndim != 1 or stored.is_floating_point():
-        return False
-    pairs = np.stack([stored[source.rows].cpu().numpy(), source.columns[1].numpy()])
+    leaf = leaves_of(dataset)[0]
+    stored = leaf.dataset.tensors[1][torch.from_numpy(leaf.rows)]
+    pairs = np.stack([stored.cpu().numpy(), source.columns[1].cpu().numpy()])
     order = np.lexsort(pairs)
     new = np.append(True, (np.diff(pairs[:, order]) != 0).any(axis=0))
     probe = torch.from_numpy(np.union1d(order[new], [0, len(dataset) // 2, len(dataset) - 1]))
-    mine, theirs = source.gather(probe), DatasetSource(dataset).gather(probe)
+    with torch.random.fork_rng(devices=[]):
+        mine, theirs = source.gather(probe), DatasetSource(dataset).gather(probe)
     return len(mine) == len(theirs) and all(
-        a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(mine, theirs, strict=True)
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and (torch.equal(a.cpu(), b) or not (k or compare_x))
+        for k, (a, b) in enumerate(zip(mine, theirs, strict=True))
     )

@@ -46,7 +46,7 @@ from avalanche_ext.training.plugins.replay_template import ReplayTemplate
 __all__ = ["BERPlugin"]
 
 
-class BERPlugin(ReplayTemplate):
+class BERPlugin(ReplayTemplate, supports_distributed=True):
     """Balanced experience replay (Alg. 1).
 
     Args:

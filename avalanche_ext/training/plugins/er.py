@@ -30,7 +30,7 @@ from avalanche_ext.training.plugins.replay_template import ReplayTemplate
 __all__ = ["ERPlugin"]
 
 
-class ERPlugin(ReplayTemplate):
+class ERPlugin(ReplayTemplate, supports_distributed=True):
     """Experience replay with as many samples from memory as from the current experience.
 
     Args:

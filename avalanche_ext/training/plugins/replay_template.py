@@ -16,9 +16,10 @@ from avalanche.training.storage_policy import ExemplarsBuffer
 from torch.utils.data import DataLoader
 
 from avalanche_ext.training.checks import check_experience, check_labels_fit
-from avalanche_ext.training.loading.loader import LoaderOptions, ReplayLoader, ReplayPart
+from avalanche_ext.training.loading.loader import ReplayLoader, ReplayPart, options_for
+from avalanche_ext.training.loading.resident_loader import ResidentLoader
 from avalanche_ext.training.loading.sampling import Draw, GroupIndex
-from avalanche_ext.training.loading.sources import as_source
+from avalanche_ext.training.loading.sources import DatasetSource, source_for
 from avalanche_ext.training.publishing import publish
 from avalanche_ext.training.storage_policy.exemplar_memory import ExemplarMemory, experience_key
 from avalanche_ext.training.storage_policy.policy_memory import PolicyMemory
@@ -115,16 +116,7 @@ class ReplayTemplate(SupervisedPlugin):
         twins = [p for p in strategy.plugins if getattr(p, "label", None) == self.label]
         self._name = f"{self.label} {twins.index(self)}"
 
-    def before_training_epoch(
-        self,
-        strategy: Any,
-        num_workers: int = 0,
-        shuffle: bool = True,
-        drop_last: bool = False,
-        pin_memory: bool | None = None,
-        persistent_workers: bool = False,
-        **kwargs: Any,
-    ) -> None:
+    def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
         """Put the memory into the loader."""
         if not len(self.memory):
             return
@@ -140,6 +132,8 @@ class ReplayTemplate(SupervisedPlugin):
         if self._seed is None:
             self._seed = torch.initial_seed()
         self._loaders += 1
+        if isinstance(self.memory, PolicyMemory):
+            self.memory.open(strategy)
         part = ReplayPart(
             name=self._name,
             source=self.memory,
@@ -151,14 +145,12 @@ class ReplayTemplate(SupervisedPlugin):
         if isinstance(loader, ReplayLoader):
             strategy.dataloader = loader.with_part(part)
             return
-        options = LoaderOptions(
-            strategy.train_mb_size, num_workers, shuffle, drop_last, bool(pin_memory),
-            persistent_workers,
-        )  # fmt: skip
         current = loader
         if _is_avalanches_own(loader, strategy):
-            current = as_source(strategy.adapted_dataset)
-        strategy.dataloader = ReplayLoader(current, options, [part])
+            current = source_for(strategy, strategy.adapted_dataset)
+            if isinstance(current, DatasetSource) and isinstance(self.memory, ExemplarMemory):
+                self.memory.to(torch.device("cpu"))  # where worker processes can read
+        strategy.dataloader = ReplayLoader(current, options_for(strategy, **kwargs), [part])
 
     def before_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
         """Refuse to train on without the memory in the loader."""
@@ -197,6 +189,8 @@ class ReplayTemplate(SupervisedPlugin):
 
 def _is_avalanches_own(loader: Any, strategy: Any) -> bool:
     """Whether the loader is the one that the strategy made for the current data alone."""
+    if isinstance(loader, ResidentLoader):
+        loader = loader.loader
     if type(loader) is DataLoader:
         return loader.dataset is strategy.adapted_dataset
     return type(loader) is TaskBalancedDataLoader

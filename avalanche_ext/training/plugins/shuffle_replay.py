@@ -24,7 +24,7 @@ from avalanche_ext.training.plugins.replay_template import ReplayTemplate
 __all__ = ["ShuffleReplayPlugin"]
 
 
-class ShuffleReplayPlugin(ReplayTemplate):
+class ShuffleReplayPlugin(ReplayTemplate, supports_distributed=True):
     """Shuffle the memory into the current experience.
 
     Args:

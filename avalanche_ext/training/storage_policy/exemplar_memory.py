@@ -20,17 +20,13 @@ from avalanche.benchmarks.utils import as_taskaware_classification_dataset
 from avalanche.benchmarks.utils.data import AvalancheDataset
 from avalanche.benchmarks.utils.data_attribute import DataAttribute
 from avalanche.training.storage_policy import ExemplarsBuffer
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
 from avalanche_ext.training.checks import check_nonnegative, check_one_of
+from avalanche_ext.training.loading.flat_data import attribute_values
 from avalanche_ext.training.loading.sampling import GroupIndex, seeded
-from avalanche_ext.training.loading.sources import (
-    DatasetSource,
-    Located,
-    as_source,
-    attribute_values,
-)
+from avalanche_ext.training.loading.sources import Located, as_source, source_for
 from avalanche_ext.training.storage_policy.ledger import Ledger, Unit
 from avalanche_ext.training.storage_policy.stores import (
     ReferenceStore,
@@ -116,11 +112,16 @@ class ExemplarMemory(ExemplarsBuffer):
         """Labels and, where there are any, task labels of the given slots."""
         return self._store.labels(indices) if self._store is not None else []
 
-    def gather(self, indices: Tensor) -> list[Tensor]:
+    @property
+    def transform(self) -> Any:
+        """What ``gather`` does to the rows that ``locate`` finds."""
+        return self._store.transform if self._store is not None else None
+
+    def gather(self, indices: Tensor, generator: Generator | None = None) -> list[Tensor]:
         """The samples in the given slots, as a batch (see ``training.loading.sources.Source``)."""
         if self._store is None:
             raise IndexError("the memory is empty")
-        return self._store.gather(indices)
+        return self._store.gather(indices, generator)
 
     def locate(self, indices: Tensor) -> Located | None:
         """Tensors and rows of the given slots; ``None`` where samples are kept by reference."""
@@ -170,7 +171,8 @@ class ExemplarMemory(ExemplarsBuffer):
         """Store samples of the experience that has just been trained on.
 
         Args:
-            agent: Unused; part of Avalanche's interface.
+            agent: The strategy. If one of its plugins keeps data on the device, exemplars are
+                copied there and stay there.
             exp: The experience; its training transforms apply at replay.
         """
         if self.max_size == 0:
@@ -179,14 +181,14 @@ class ExemplarMemory(ExemplarsBuffer):
         self._updates += 1
         self._seed = torch.initial_seed() if self._seed is None else self._seed
         dataset = exp.dataset.train()
-        source = as_source(dataset)
+        source = source_for(agent, dataset)
         if self._store is None:
-            is_dataset = isinstance(source, DatasetSource)
-            sample = raw_sample(source, 0) if is_dataset else dataset[0]
-            self._tensor_labels = isinstance(sample[1], Tensor)
+            self._tensor_labels = isinstance(raw_sample(dataset, 0)[1], Tensor)
             self._store = store_for(source, self.max_size if self.mem_scope == "total" else None)
         elif not self._store.accepts(source):
             self._refer_to_old_store()
+        if isinstance(self._store, ReferenceStore):
+            source = as_source(dataset)  # a reference must not keep a whole experience in tensors
         priorities = torch.rand(
             len(source), generator=seeded(self._seed, self._updates), dtype=torch.float64
         )
@@ -194,6 +196,11 @@ class ExemplarMemory(ExemplarsBuffer):
         units = self._unit_keys(exp, groups.tolist(), self._updates)
         chosen, slots = self._ledger.admit(units, group_of, priorities, self.max_size)
         self._store.write(slots, source, chosen)
+
+    def to(self, device: torch.device) -> None:
+        """Move exemplars that are kept in tensors."""
+        if isinstance(self._store, TensorStore):
+            self._store.to(device)
 
     def resize(self, strategy: Any, new_size: int) -> None:
         """Change the budget; a smaller one drops the samples of lowest priority at once."""

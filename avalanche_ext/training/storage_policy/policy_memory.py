@@ -8,14 +8,11 @@ from typing import Any
 
 import torch
 from avalanche.training.storage_policy import BalancedExemplarsBuffer, ExemplarsBuffer
-from torch import Tensor
+from torch import Generator, Tensor
 
+from avalanche_ext.training.loading.flat_data import attribute_values
 from avalanche_ext.training.loading.sampling import GroupIndex
-from avalanche_ext.training.loading.sources import (
-    JoinedSource,
-    as_source,
-    attribute_values,
-)
+from avalanche_ext.training.loading.sources import JoinedSource, as_source, source_for
 from avalanche_ext.training.storage_policy.stores import sample_bytes
 
 __all__ = ["PolicyMemory"]
@@ -29,6 +26,8 @@ class PolicyMemory:
             groups decides the groups; one that does not (``ReservoirSamplingBuffer``) is grouped
             by the labels of its samples.
     """
+
+    transform = None
 
     def __init__(self, policy: ExemplarsBuffer) -> None:
         self.policy = policy
@@ -83,14 +82,18 @@ class PolicyMemory:
             )
         return GroupIndex.of({int(v): torch.nonzero(values == v)[:, 0] for v in values.unique()})
 
-    def gather(self, indices: Tensor) -> list[Tensor]:
+    def open(self, strategy: Any) -> None:
+        """Find the sources of the samples for an experience of ``strategy``."""
+        datasets = [d.train() for d in self._datasets().values() if len(d)]
+        sources = [source_for(strategy, d) for d in datasets]
+        self._joined = JoinedSource(sources, [len(d) for d in datasets])
+
+    def gather(self, indices: Tensor, generator: Generator | None = None) -> list[Tensor]:
         """The samples in the given slots."""
         if self._joined is None:
-            datasets = [d.train() for d in self._datasets().values() if len(d)]
-            self._joined = JoinedSource(
-                [as_source(d) for d in datasets], [len(d) for d in datasets]
-            )
-        return self._joined.__getitems__(self._joined.split(indices))
+            self.open(None)
+        assert self._joined is not None
+        return self._joined.batch(self._joined.split(indices), generator)
 
     def locate(self, indices: Tensor) -> None:
         """See ``Source``: the policy's samples may lie in several data sets."""

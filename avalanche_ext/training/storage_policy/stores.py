@@ -7,15 +7,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
+from avalanche_ext.training.loading.flat_data import attribute_values
 from avalanche_ext.training.loading.sources import (
     Batch,
     DatasetSource,
     Located,
     Source,
     TensorSource,
-    attribute_values,
+    on_one_device,
+    transformed,
 )
 
 __all__ = ["ReferenceStore", "TensorStore", "raw_sample", "sample_bytes", "store_for"]
@@ -26,44 +28,60 @@ class TensorStore:
 
     Nothing of the experience's data set stays alive. ``capacity`` slots are allocated at once if
     it is known; otherwise the tensors grow by half when they are full, so that storing stays
-    cheap on long streams.
+    cheap on long streams. The tensors live where the samples come from: exemplars of data that a
+    plugin keeps on the device stay on the device.
     """
 
-    def __init__(self, like: Source, capacity: int | None = None) -> None:
+    def __init__(self, like: TensorSource, capacity: int | None = None) -> None:
         self._capacity = capacity
-        self._columns = [c.new_empty((capacity or 0, *c.shape[1:])) for c in _columns(like)]
+        self._columns = [c.new_empty((capacity or 0, *c.shape[1:])) for c in like.columns]
+        self.transform = like.transform
 
     def accepts(self, source: Source) -> bool:
-        """Whether samples of ``source`` fit the tensors."""
-        return isinstance(source, TensorSource) and (
-            [(c.dtype, c.shape[1:]) for c in source.columns]
+        """Whether samples of ``source`` fit the tensors, and are to be transformed alike."""
+        return (
+            isinstance(source, TensorSource)
+            and source.transform == self.transform
+            and [(c.dtype, c.shape[1:]) for c in source.columns]
             == [(c.dtype, c.shape[1:]) for c in self._columns]
         )
+
+    def to(self, device: torch.device) -> None:
+        """Move the samples."""
+        self._columns = [c.to(device) for c in self._columns]
 
     def write(self, slots: Tensor, source: Source, indices: Tensor) -> None:
         """Copy the samples ``indices`` of ``source`` into ``slots``."""
         if not len(slots):
             return
+        located = source.locate(indices)
+        assert located is not None  # see accepts
+        self.to(located[0][0].device)
         needed, room = int(slots.max()) + 1, len(self._columns[0])
         if needed > room:
             rows = max(needed, room + room // 2)
             if self._capacity is not None:
                 rows = max(needed, min(rows, self._capacity))
             self._columns = [_grown(c, rows) for c in self._columns]
-        for column, values in zip(self._columns, source.gather(indices), strict=True):
-            column[slots] = values
+        slots = slots.to(self._columns[0].device)
+        for column, (values, rows) in zip(self._columns, located, strict=True):
+            column[slots] = values.index_select(0, rows)
 
     def locate(self, indices: Tensor) -> Located:
         """See ``Source``."""
+        device = self._columns[0].device
+        if indices.device != device:
+            indices = indices.to(device, non_blocking=True)
         return [(column, indices) for column in self._columns]
 
-    def gather(self, indices: Tensor) -> Batch:
+    def gather(self, indices: Tensor, generator: Generator | None = None) -> Batch:
         """See ``Source``."""
-        return [c.index_select(0, indices) for c in self._columns]
+        batch = [c.index_select(0, rows) for c, rows in self.locate(indices)]
+        return transformed(batch, self.transform, generator)
 
     def labels(self, indices: Tensor) -> Batch:
-        """The columns behind ``x``: labels, and task labels where there are any."""
-        return [c.index_select(0, indices) for c in self._columns[1:]]
+        """The columns behind ``x``, on the CPU: labels, and task labels where there are any."""
+        return [c.index_select(0, rows).cpu() for c, rows in self.locate(indices)[1:]]
 
     def __len__(self) -> int:
         return len(self._columns[0])
@@ -83,6 +101,8 @@ class ReferenceStore:
     For data on disk and for augmented data: nothing pre-processed is kept, and random transforms
     are drawn anew at every replay. The data sets stay alive as long as the memory does.
     """
+
+    transform = None
 
     def __init__(self) -> None:
         self._sources: list[Source] = []
@@ -120,18 +140,21 @@ class ReferenceStore:
         used, self._source_of = np.unique(self._source_of, return_inverse=True)
         self._sources = [self._sources[k] for k in used]
 
-    def gather(self, indices: Tensor) -> Batch:
+    def gather(self, indices: Tensor, generator: Generator | None = None) -> Batch:
         """See ``Source``."""
         at = indices.numpy()
         owner = self._source_of[at]
         order = np.argsort(owner, kind="stable")
         runs = np.split(order, np.flatnonzero(np.diff(owner[order])) + 1)
         read = [
-            self._sources[owner[run[0]]].gather(torch.from_numpy(self._index_of[at[run]]))
+            self._sources[owner[run[0]]].gather(
+                torch.from_numpy(self._index_of[at[run]]), generator
+            )
             for run in runs
         ]
         back = torch.from_numpy(np.argsort(order))
-        return [torch.cat(c).index_select(0, back) for c in zip(*read, strict=True)]
+        joined = [torch.cat(on_one_device(c)) for c in zip(*read, strict=True)]
+        return [c.index_select(0, back.to(c.device)) for c in joined]
 
     def locate(self, indices: Tensor) -> None:
         """See ``Source``."""
@@ -162,13 +185,13 @@ def store_for(source: Source, capacity: int | None) -> TensorStore | ReferenceSt
 def sample_bytes(source: Source, index: int) -> int:
     """Bytes of one sample before any transform: image planes, tensors, arrays, 8 per number."""
     if isinstance(source, DatasetSource):
-        return sum(_bytes(part) for part in raw_sample(source, index))
-    return sum(_bytes(c[0]) for c in source.gather(torch.tensor([index])))
+        return sum(_bytes(part) for part in raw_sample(source.dataset, index))
+    located = source.locate(torch.tensor([index])) or []
+    return sum(c[:1].nbytes for c, _ in located)
 
 
-def raw_sample(source: DatasetSource, index: int) -> Sequence[Any]:
+def raw_sample(dataset: Any, index: int) -> Sequence[Any]:
     """One sample as the data set gives it before its current transforms."""
-    dataset = source.dataset
     if hasattr(dataset, "remove_current_transform_group"):
         dataset = dataset.remove_current_transform_group()
     return dataset[index]
@@ -186,15 +209,10 @@ def _labels(source: Any, indices: Tensor) -> Batch:
     if hasattr(source, "labels"):
         return source.labels(indices)
     if isinstance(source, TensorSource):
-        return [c[indices] for c in source.columns[1:]]
+        return [c.cpu()[indices] for c in source.columns[1:]]
     names = ("targets", "targets_task_labels")
     values = [attribute_values(source.dataset, name) for name in names]
     return [v[indices] for v in values if v is not None]
-
-
-def _columns(source: Source) -> Sequence[Tensor]:
-    assert isinstance(source, TensorSource)
-    return source.columns
 
 
 def _grown(column: Tensor, rows: int) -> Tensor:

@@ -47,8 +47,21 @@ def part(draw, *, name="m", seed=(7, 1), index=INDEX, memory=MEMORY):
     return ReplayPart(name, memory, 9, index, draw, seed)
 
 
+class OneByOne(DatasetSource):
+    """Samples that cannot be gathered from a tensor, as worker processes read them."""
+
+    def __init__(self, tensors):
+        super().__init__(tensors)
+        self.tensors = tensors
+
+    def gather(self, indices, generator=None):
+        return self.tensors.gather(indices)
+
+
 def loader_of(draw, *, size=8, n=30, **options):
     current = CURRENT if n == 30 else source(n, 0)
+    if options.get("num_workers"):
+        current = OneByOne(current)
     return ReplayLoader(current, LoaderOptions(size, **options), [part(draw)])
 
 

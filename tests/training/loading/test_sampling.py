@@ -45,7 +45,7 @@ def test_group_index_drops_empty_groups_and_keeps_their_order():
     assert index.keys == ("b", "a", 9)
     assert index.slots.tolist() == [7, 3, 5, 1, 2, 0]
     assert index.counts.tolist() == [2, 1, 3]
-    assert index.starts.tolist() == [0, 2, 3]
+    assert index.spans[0].tolist() == [0, 2, 3]
     assert len(index) == 6
     assert index.slots.dtype == index.counts.dtype == torch.int64
 

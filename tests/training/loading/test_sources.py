@@ -22,12 +22,12 @@ from avalanche.benchmarks.utils.data_attribute import DataAttribute
 from PIL import Image
 from torch.utils.data import Dataset, TensorDataset
 
+from avalanche_ext.training.loading.flat_data import attribute_values
 from avalanche_ext.training.loading.sources import (
     DatasetSource,
     JoinedSource,
     TensorSource,
     as_source,
-    attribute_values,
     join_batches,
 )
 from tests.conftest import blobs
