@@ -27,7 +27,8 @@ Faithfulness:
     4. No cosine normalisation, as in the paper; ``normalize=True`` offers it.
     5. "Class" is the label. Where labels start again at 0 in every task, ``class_key="task_y"``
        keeps the classes of different tasks apart.
-    6. Replay is another plugin's job: ``[DRLPlugin(...), BERPlugin(...)]`` is the paper's DRL+BER,
+    6. In data-parallel training the pairs are those of the batch of all processes together.
+    7. Replay is another plugin's job: ``[DRLPlugin(...), BERPlugin(...)]`` is the paper's DRL+BER,
        in either order. On a stream without replay DRL alone does not prevent forgetting.
 
 Cost: no extra forward pass; per recorded layer one more read of the activations forward, one read
@@ -36,6 +37,7 @@ and one write backward. No memory beyond one table of classes by features.
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -59,6 +61,7 @@ from avalanche_ext.training.checks import (
     check_nonnegative,
     check_one_of,
 )
+from avalanche_ext.training.distributed import whole_batch
 from avalanche_ext.training.publishing import publish
 
 __all__ = ["DRLPlugin"]
@@ -68,7 +71,7 @@ _STEPS_BETWEEN_CHECKS = 50
 _LABELS_PER_TASK = 1_000_003
 
 
-class DRLPlugin(SupervisedPlugin):
+class DRLPlugin(SupervisedPlugin, supports_distributed=True):
     r"""Add ``lam`` times the discriminative representation loss of chosen layers to the loss.
 
     .. math:: L = L_{clf} + \lambda\,(L_{bt} + L_{wi})
@@ -129,9 +132,9 @@ class DRLPlugin(SupervisedPlugin):
         self._mask_value: float | None = None
         self._term: Tensor | None = None
         self._sums: Tensor | None = None
+        self._summed = 0
         self._steps = 0
         self._head_checked = False
-        self._all_finite: Tensor | None = None
         self._task_of_label: dict[int, Any] = {}
         self._warned = False
 
@@ -159,7 +162,7 @@ class DRLPlugin(SupervisedPlugin):
 
     def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
         """Start the epoch's means."""
-        self._sums = None
+        self._sums, self._summed = None, 0
 
     # one step -------------------------------------------------------------------------------
 
@@ -180,6 +183,7 @@ class DRLPlugin(SupervisedPlugin):
         classes = strategy.mb_y
         if self.class_key == "task_y" and len(strategy.mbatch) > 2:
             classes = classes + _LABELS_PER_TASK * strategy.mbatch[-1]
+        *representations, classes = whole_batch(strategy, [*representations, classes])
         terms = drl_terms(representations, classes, normalize=self.normalize)
         self._term = drl_combine(terms, self.form, len(classes))
         self._keep(terms.between, terms.within, self._term)
@@ -197,7 +201,7 @@ class DRLPlugin(SupervisedPlugin):
         self._raise_if_not_finite()
         if self._sums is None:
             return
-        means = (self._sums[:3] / self._sums[3]).tolist()
+        means = (self._sums / self._summed).tolist()
         for name, mean in zip(("DRL_L_bt", "DRL_L_wi", "DRL_L_DR"), means, strict=True):
             publish(self, strategy, name, mean)
 
@@ -253,20 +257,19 @@ class DRLPlugin(SupervisedPlugin):
 
     def _keep(self, between: Tensor, within: Tensor, loss: Tensor) -> None:
         values = torch.stack([between.detach(), within.detach(), loss.detach()])
-        self.last = dict(zip(("L_bt", "L_wi", "L_DR"), values, strict=True))
-        row = torch.cat([values, values.new_ones(1)])
-        self._sums = row if self._sums is None else self._sums + row
+        self.last = dict(zip(("L_bt", "L_wi", "L_DR"), values.unbind(), strict=True))
+        self._sums = values if self._sums is None else self._sums + values
+        self._summed += 1
         self._steps += 1
-        finite = torch.isfinite(values).all()
-        self._all_finite = finite if self._all_finite is None else self._all_finite & finite
         if values.device.type == "cpu" or self._steps % _STEPS_BETWEEN_CHECKS == 0:
             self._raise_if_not_finite()
 
     def _raise_if_not_finite(self) -> None:
-        if self._all_finite is None or bool(self._all_finite):
+        # A sum is not finite any more once one of its terms is not.
+        if self._sums is None or math.isfinite(float(self._sums.sum())):
             return
         last = {name: float(value) for name, value in self.last.items()}
-        self._all_finite = None
+        self._sums = None
         cause = (
             'form="eq3" subtracts the within-class term and has no lower bound, so training drives '
             'it to minus infinity; use form="drl"'
