@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from avalanche.evaluation.metrics import accuracy_metrics, loss_metrics
 from avalanche.logging import TensorboardLogger
 from avalanche.training.determinism.rng_manager import RNGManager
 from avalanche.training.plugins import EvaluationPlugin
@@ -25,11 +24,13 @@ from avalanche_ext.evaluation.accuracy_matrix import (
     draw_accuracy_matrix,
     forgetting,
 )
+from avalanche_ext.evaluation.metrics.device import accuracy_metrics, loss_metrics
 from avalanche_ext.evaluation.tables import COLUMNS, aggregate
 from avalanche_ext.experiments.accounting import bytes_remembered
 from avalanche_ext.experiments.observers import EventLog, Progress, SampleCounter
 from avalanche_ext.models.mlp import MLP
 from avalanche_ext.recipes.base import Recipe, to_json
+from avalanche_ext.training.plugins.device_data import DeviceDataPlugin
 
 __all__ = ["FinishedError", "build_strategy", "run_recipe", "run_seed", "summarise", "versions"]
 
@@ -175,6 +176,7 @@ def build_strategy(
 ) -> Any:
     """The Avalanche strategy of a recipe: network, SGD and the method's plugins, then ``plugins``.
 
+    Data stay in tensors on the device (``DeviceDataPlugin``), which changes no number.
     The network's first weights come from torch's global random state: seed it before.
     """
     card = find_card(recipe.method)
@@ -187,7 +189,7 @@ def build_strategy(
         train_epochs=recipe.epochs,
         eval_mb_size=512,
         device=device,
-        plugins=[*card.build(recipe), *plugins],
+        plugins=[DeviceDataPlugin(), *card.build(recipe), *plugins],
         evaluator=evaluator,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import multiprocessing
 import os
@@ -24,18 +25,32 @@ def interleaved(variants: dict[str, Callable[[], Any]], repeats: int) -> dict[st
     Each round begins with another variant: what one leaves behind (freed memory, a warm cache)
     would otherwise always fall to the same one.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
+
+    def timed(run: Callable[[], Any]) -> float:
+        start = time.perf_counter()
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    clocks = {name: functools.partial(timed, run) for name, run in variants.items()}
+    seconds = interleaved_samples(clocks, repeats)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def interleaved_samples(
+    variants: dict[str, Callable[[], Any]], repeats: int
+) -> dict[str, list[Any]]:
+    """What each variant returned, round by round, in rounds as in ``interleaved``."""
+    found: dict[str, list[Any]] = {name: [] for name in variants}
     names = list(variants)
     for round_ in range(repeats + 1):
         first = round_ % len(names)
         for name in names[first:] + names[:first]:
-            start = time.perf_counter()
-            variants[name]()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            value = variants[name]()
             if round_:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+                found[name].append(value)
+    return found
 
 
 def peak_bytes(prepare: Callable[..., Callable[[], Any]], *args: Any) -> int:
