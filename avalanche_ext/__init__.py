@@ -16,11 +16,16 @@ _PUBLIC = {
     "DRLPlugin": "training.plugins.drl",
     "ERPlugin": "training.plugins.er",
     "ShuffleReplayPlugin": "training.plugins.shuffle_replay",
+    "CompilePlugin": "training.plugins.compile",
+    "DataParallelPlugin": "training.plugins.data_parallel",
+    "DeviceDataPlugin": "training.plugins.device_data",
+    "PrecisionPlugin": "training.plugins.precision",
     "ClassBalancedMemory": "training.storage_policy.exemplar_memory",
     "ExemplarMemory": "training.storage_policy.exemplar_memory",
     "ExperienceBalancedMemory": "training.storage_policy.exemplar_memory",
     "ReservoirMemory": "training.storage_policy.exemplar_memory",
     "GradientDiversity": "evaluation.metrics.gradient_diversity",
+    "FixedSizeClassifier": "models.heads",
     "MLP": "models.mlp",
     "drl_loss": "functional.drl",
 }
@@ -29,11 +34,16 @@ __all__ = [
     "MLP",
     "BERPlugin",
     "ClassBalancedMemory",
+    "CompilePlugin",
     "DRLPlugin",
+    "DataParallelPlugin",
+    "DeviceDataPlugin",
     "ERPlugin",
     "ExemplarMemory",
     "ExperienceBalancedMemory",
+    "FixedSizeClassifier",
     "GradientDiversity",
+    "PrecisionPlugin",
     "ReservoirMemory",
     "ShuffleReplayPlugin",
     "__version__",
@@ -43,10 +53,15 @@ __all__ = [
 if TYPE_CHECKING:
     from avalanche_ext.evaluation.metrics.gradient_diversity import GradientDiversity
     from avalanche_ext.functional.drl import drl_loss
+    from avalanche_ext.models.heads import FixedSizeClassifier
     from avalanche_ext.models.mlp import MLP
     from avalanche_ext.training.plugins.ber import BERPlugin
+    from avalanche_ext.training.plugins.compile import CompilePlugin
+    from avalanche_ext.training.plugins.data_parallel import DataParallelPlugin
+    from avalanche_ext.training.plugins.device_data import DeviceDataPlugin
     from avalanche_ext.training.plugins.drl import DRLPlugin
     from avalanche_ext.training.plugins.er import ERPlugin
+    from avalanche_ext.training.plugins.precision import PrecisionPlugin
     from avalanche_ext.training.plugins.shuffle_replay import ShuffleReplayPlugin
     from avalanche_ext.training.storage_policy.exemplar_memory import (
         ClassBalancedMemory,
