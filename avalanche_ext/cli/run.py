@@ -22,6 +22,14 @@ def add_parser(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--out", type=Path, help="folder of the run; runs/RECIPE by default")
     parser.add_argument("--device", default="cpu", help="where to train, such as cuda")
+    parser.add_argument(
+        "--checkpoint-every", type=int, metavar="STEPS",
+        help="save behind every so many training steps too, not only behind every experience",
+    )  # fmt: skip
+    parser.add_argument(
+        "--trust-checkpoint", action="store_true",
+        help="load a checkpoint with pickled state, which can run code: only one of your own",
+    )  # fmt: skip
     parser.add_argument("--smoke", action="store_true", help="few images, one epoch, one seed")
     parser.add_argument("--no-baselines", action="store_true", help="the recipe alone")
     parser.add_argument("--overwrite", action="store_true", help="delete an earlier run first")
@@ -56,6 +64,7 @@ def execute(options: argparse.Namespace) -> int:
     try:
         run_recipe(
             recipe, out, baselines=baselines, overwrite=options.overwrite, device=options.device,
+            checkpoint_every=options.checkpoint_every, trust_checkpoint=options.trust_checkpoint,
             say=lambda text: print(text, flush=True),
         )  # fmt: skip
     except FinishedError as finished:

@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from avalanche.logging import BaseLogger
+import torch
+from avalanche.logging import BaseLogger, TensorboardLogger
 from avalanche.training.plugins import SupervisedPlugin
+from torch import Tensor
 from tqdm import tqdm
 
-__all__ = ["EventLog", "Progress", "SampleCounter"]
+__all__ = ["ClassCounter", "EventLog", "Logs", "Progress", "SampleCounter"]
 
 
 class EventLog(BaseLogger):
@@ -32,6 +34,35 @@ class EventLog(BaseLogger):
         """Append one event."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(event) + "\n")
+
+
+class Logs:
+    """A run's event file and TensorBoard folder: how far they are, and back to there.
+
+    Args:
+        folder: The seed's folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._old = sorted((folder / "tensorboard").glob("events*"))
+        self.events = EventLog(folder / "events.jsonl")
+        self.board = TensorboardLogger(str(folder / "tensorboard"))
+        self._folder = folder / "tensorboard"
+
+    def position(self) -> dict[str, int]:
+        """Bytes of every file."""
+        self.board.writer.flush()
+        files = [*sorted(self._folder.glob("events*")), self.events.path]
+        return {file.name: file.stat().st_size for file in files if file.exists()}
+
+    def rewind(self, position: dict[str, int]) -> None:
+        """Forget what an earlier process wrote after ``position``."""
+        for file in [*self._old, self.events.path]:
+            if file.name in position:
+                with file.open("r+b") as stream:
+                    stream.truncate(position[file.name])
+            else:
+                file.unlink(missing_ok=True)
 
 
 class Progress(SupervisedPlugin):
@@ -60,6 +91,10 @@ class Progress(SupervisedPlugin):
         """Advance."""
         self._bar.update()
 
+    def skip(self, epochs: int) -> None:
+        """Epochs of an earlier process."""
+        self._bar.update(epochs)
+
     def close(self) -> None:
         """Remove the bar."""
         self._bar.close()
@@ -75,3 +110,35 @@ class SampleCounter(SupervisedPlugin):
     def after_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
         """Add one mini-batch."""
         self.samples += len(strategy.mb_y)
+
+
+class ClassCounter(SupervisedPlugin):
+    """Right answers and samples of each class, in the last evaluation.
+
+    Args:
+        n_classes: Labels below this are counted.
+    """
+
+    def __init__(self, n_classes: int) -> None:
+        super().__init__()
+        self.n_classes = n_classes
+        self._counts: Tensor | None = None
+
+    def before_eval(self, strategy: Any, **kwargs: Any) -> None:
+        """Begin again."""
+        self._counts = None
+
+    def after_eval_iteration(self, strategy: Any, **kwargs: Any) -> None:
+        """Count a mini-batch, on its device."""
+        y = strategy.mb_y
+        right = (strategy.mb_output.argmax(1) == y).double()
+        counts = torch.stack([torch.zeros_like(right) + 1, right])
+        sums = counts.new_zeros(2, self.n_classes).index_add_(1, y, counts)
+        self._counts = sums if self._counts is None else self._counts + sums
+
+    @property
+    def accuracy(self) -> list[float | None]:
+        """Accuracy of each class; ``None`` for one without samples."""
+        if self._counts is None:
+            return [None] * self.n_classes
+        return [right / n if n else None for n, right in self._counts.T.tolist()]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import platform
+import resource
 import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -12,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from avalanche.logging import TensorboardLogger
 from avalanche.training.determinism.rng_manager import RNGManager
 from avalanche.training.plugins import EvaluationPlugin
 
@@ -27,7 +28,8 @@ from avalanche_ext.evaluation.accuracy_matrix import (
 from avalanche_ext.evaluation.metrics.device import accuracy_metrics, loss_metrics
 from avalanche_ext.evaluation.tables import COLUMNS, aggregate
 from avalanche_ext.experiments.accounting import bytes_remembered
-from avalanche_ext.experiments.observers import EventLog, Progress, SampleCounter
+from avalanche_ext.experiments.checkpoint import Checkpoints
+from avalanche_ext.experiments.observers import ClassCounter, Logs, Progress, SampleCounter
 from avalanche_ext.models.mlp import MLP
 from avalanche_ext.recipes.base import Recipe, to_json
 from avalanche_ext.training.plugins.device_data import DeviceDataPlugin
@@ -48,11 +50,14 @@ def run_recipe(
     baselines: Sequence[Recipe] = (),
     overwrite: bool = False,
     device: str = "cpu",
+    checkpoint_every: int | None = None,
+    trust_checkpoint: bool = False,
     say: Say = lambda text: None,
 ) -> dict[str, Any]:
     """Run a recipe and its baselines over the recipe's seeds.
 
-    Seeds whose ``result.json`` exists are not run again, so the same call finishes what an
+    Seeds whose ``result.json`` exists are not run again, and one that was interrupted goes on from
+    its last checkpoint, with the numbers of an uninterrupted run: the same call finishes what an
     interrupted one began.
 
     Args:
@@ -61,6 +66,9 @@ def run_recipe(
         baselines: Recipes to run beside it, in ``out/baselines``.
         overwrite: Delete what is in the folder first.
         device: Where to train.
+        checkpoint_every: Save a checkpoint behind every so many training steps, besides those
+            behind every experience.
+        trust_checkpoint: Load checkpoints with pickled state, which can run code.
         say: Called with a line of text for each finished seed.
 
     Returns:
@@ -96,7 +104,10 @@ def run_recipe(
         folder.mkdir(parents=True, exist_ok=True)
         _write_json(folder / "recipe.json", to_json(member))
     for folder, member, seed in missing:
-        result = run_seed(member, seed, folder / f"seed_{seed}", device=device)
+        result = run_seed(
+            member, seed, folder / f"seed_{seed}", device=device,
+            checkpoint_every=checkpoint_every, trust_checkpoint=trust_checkpoint,
+        )  # fmt: skip
         say(
             f"{member.name} seed {seed}: accuracy {100 * result['average_accuracy']:.1f} %, "
             f"forgetting {100 * result['forgetting']:.1f} %, {result['seconds']:.1f} s"
@@ -112,36 +123,57 @@ def run_recipe(
     return summary
 
 
-def run_seed(recipe: Recipe, seed: int, folder: Path, *, device: str = "cpu") -> dict[str, Any]:
-    """Train and test one seed; write ``events.jsonl``, ``tensorboard/`` and ``result.json``."""
-    if folder.exists():
-        shutil.rmtree(folder)  # a run that was cut short: begin again
-    folder.mkdir(parents=True)
+def run_seed(
+    recipe: Recipe,
+    seed: int,
+    folder: Path,
+    *,
+    device: str = "cpu",
+    checkpoint_every: int | None = None,
+    trust_checkpoint: bool = False,
+) -> dict[str, Any]:
+    """Train and test one seed; write ``events.jsonl``, ``tensorboard/`` and ``result.json``.
+
+    A seed that was interrupted goes on from its last checkpoint, see ``run_recipe``.
+    """
+    saved = folder / "checkpoints"
+    if folder.exists() and not any(saved.glob("*.pt")):
+        shutil.rmtree(folder)  # cut short before the first checkpoint: begin again
+    folder.mkdir(parents=True, exist_ok=True)
     card = find_card(recipe.method)
     benchmark = recipe.benchmark.build(seed)
     RNGManager.set_random_seeds(seed)  # after the benchmark, which draws random numbers too
-    events = EventLog(folder / "events.jsonl")
-    board = TensorboardLogger(str(folder / "tensorboard"))
+    logs = Logs(folder)
     title = f"{card.title}, seed {seed}"
     progress = Progress(title, len(benchmark.train_stream), recipe.epochs)
-    counter = SampleCounter()
+    counter, classes = SampleCounter(), ClassCounter(recipe.benchmark.n_outputs)
     strategy = build_strategy(
         recipe,
-        plugins=[counter, progress],
+        plugins=[counter, classes, progress],
         evaluator=EvaluationPlugin(
             loss_metrics(epoch=True),
             accuracy_metrics(experience=True, stream=True),
-            loggers=[events, board],
+            loggers=[logs.events, logs.board],
             strict_checks=False,
         ),
         device=device,
     )
-    matrix, seconds = [], 0.0
-    for experience in benchmark.train_stream:
+    checkpoints = Checkpoints(
+        saved, strategy, benchmark, every=checkpoint_every, trusted=trust_checkpoint,
+        log_position=logs.position, rewind_logs=logs.rewind,
+    )  # fmt: skip
+    done = checkpoints.resume()
+    matrix, seconds = done.get("accuracy_matrix", []), done.get("seconds_per_experience", [])
+    progress.skip(len(matrix) * recipe.epochs)
+    for k, experience in enumerate(benchmark.train_stream):
+        if k < len(matrix):
+            continue
         start = time.perf_counter()
-        strategy.train(experience, eval_streams=[])
-        seconds += time.perf_counter() - start
+        checkpoints.train(k, experience)
+        seconds.append(time.perf_counter() - start)
         matrix.append(_accuracies(strategy.eval(benchmark.test_stream)))
+        run = {"accuracy_matrix": matrix, "seconds_per_experience": seconds}
+        checkpoints.save(k + 1, run)
     progress.close()
     result = {
         "recipe": recipe.name,
@@ -151,19 +183,23 @@ def run_seed(recipe: Recipe, seed: int, folder: Path, *, device: str = "cpu") ->
         "average_accuracy": average_accuracy(matrix),
         "average_incremental_accuracy": average_incremental_accuracy(matrix),
         "forgetting": forgetting(matrix),
-        "seconds": seconds,
+        "per_class_accuracy": classes.accuracy,
+        "seconds": sum(seconds),
+        "seconds_per_experience": seconds,
         "samples_trained": counter.samples,
         "parameters": sum(p.numel() for p in strategy.model.parameters()),
         "bytes_remembered": bytes_remembered(strategy),
+        **peak_memory(strategy.device),
         "versions": versions(),
         "device": str(strategy.device),
     }
     figure = draw_accuracy_matrix(matrix, f"{card.title}: accuracy % (seed {seed})")
-    board.writer.add_figure("accuracy_matrix", figure, len(matrix))
-    board.writer.close()
+    logs.board.writer.add_figure("accuracy_matrix", figure, len(matrix))
+    logs.board.writer.close()
     figure.savefig(folder / "accuracy_matrix.png", dpi=110)
-    events.write({"event": "finished", "average_accuracy": result["average_accuracy"]})
+    logs.events.write({"event": "finished", "average_accuracy": result["average_accuracy"]})
     _write_json(folder / "result.json", result)
+    checkpoints.clear()
     return result
 
 
@@ -209,6 +245,17 @@ def summarise(folder: Path, recipe: Recipe, seeds: Sequence[int]) -> dict[str, A
         **{field: aggregate([r[field] for r in results]) for field, *_ in COLUMNS},
         "parameters": results[0]["parameters"],
         "accuracy_matrices": [r["accuracy_matrix"] for r in results],
+    }
+
+
+def peak_memory(device: torch.device) -> dict[str, int | None]:
+    """The process's largest resident memory so far, and the device's largest allocation."""
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    on_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return {
+        # Linux counts in kilobytes, macOS in bytes.
+        "peak_rss_bytes": resident if sys.platform == "darwin" else 1024 * resident,
+        "peak_device_bytes": on_device,
     }
 
 
