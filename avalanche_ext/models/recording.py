@@ -196,14 +196,15 @@ class ActivationRecorder:
         if taps is None:
             taps, _ = select_layers(model, self.layers)
         self._names = [name for name, _ in taps]
-        modules = dict(_bare(model).named_modules())
+        bare = _bare(model)
         for name, side in taps:
+            module = bare.get_submodule(name)
             if side == "input":
                 hook = functools.partial(self._record_input, name)
-                self._handles.append(modules[name].register_forward_pre_hook(hook))
+                self._handles.append(module.register_forward_pre_hook(hook))
             else:
                 hook = functools.partial(self._record_output, name)
-                self._handles.append(modules[name].register_forward_hook(hook))
+                self._handles.append(module.register_forward_hook(hook))
 
     def detach(self) -> None:
         """Stop to record: remove every hook."""

@@ -80,7 +80,7 @@ def test_random_transforms_repeat_with_the_seed_and_equal_those_of_the_cpu():
 
 
 @pytest.mark.parametrize("call", [
-    lambda x, g: random_crop(x, 8, 2, generator=g),
+    lambda x, g: random_crop(x, (8, 8), 2, generator=g),
     lambda x, g: random_flip(x, 0.5, -1, g),
     lambda x, g: color_jitter(x, (0.5, 1.5), (0.5, 1.5), (0.5, 1.5), (-0.2, 0.2), g),
 ])  # fmt: skip

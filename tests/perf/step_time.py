@@ -82,7 +82,7 @@ class Work:
 
     def augmented(self, x, draws):
         """The transforms of the benchmark, on a batch."""
-        x = random_crop(x, 32, 4, generator=draws)
+        x = random_crop(x, (32, 32), 4, generator=draws)
         x = random_flip(x, 0.5, -1, draws)
         return normalize(to_float(x), CIFAR100_MEAN, CIFAR100_STD)
 
@@ -287,16 +287,20 @@ def measure(work, method, batch, repeats, device="cpu", workers=2):
 
 
 def main() -> None:
-    options = arguments(__doc__.splitlines()[0])
-    rows = []
-    for batch in [64] if options.quick else [10, 64, 256]:
-        work = mlp_on_mnist(2_000 if options.quick else 12_000)
-        rows += [measure(work, method, batch, options.repeats) for method in METHODS]
-    if not options.quick:
-        for batch in (32, 128):
-            work = resnet18_on_cifar100(4 * batch)
-            rows += [measure(work, method, batch, min(options.repeats, 3)) for method in METHODS]
-    record(options, "step_time", rows, mem=MEM, lam=LAM, worker_processes=2)
+    options = arguments(__doc__.splitlines()[0], parts=("mlp", "resnet18"))
+    if options.part == "mlp":
+        batches = [64] if options.quick else [10, 64, 256]
+        works = [mlp_on_mnist(2_000 if options.quick else 12_000)] * len(batches)
+    else:
+        batches = [4] if options.quick else [32, 128]
+        works = [resnet18_on_cifar100(max(128, 2 * batch)) for batch in batches]
+    rows = [
+        measure(work, method, batch, options.repeats)
+        for work, batch in zip(works, batches, strict=True)
+        for method in METHODS
+    ]
+    name = f"step_time_{options.part}"
+    record(options, name, rows, mem=MEM, lam=LAM, worker_processes=2)
 
 
 if __name__ == "__main__":

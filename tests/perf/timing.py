@@ -9,8 +9,9 @@ import multiprocessing
 import os
 import platform
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,11 @@ def _peak() -> int:
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
-def arguments(description: str) -> argparse.Namespace:
-    """``--threads``, ``--repeats``, ``--out``, ``--quick``."""
+def arguments(description: str, parts: Sequence[str] = ()) -> argparse.Namespace:
+    """``--threads``, ``--repeats``, ``--out``, ``--quick``, and ``--part`` where there are parts."""
     parser = argparse.ArgumentParser(description=description)
+    if parts:
+        parser.add_argument("--part", choices=parts, required=True)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="small cells only, to see it run")
@@ -91,7 +94,7 @@ def record(
     options.out.mkdir(parents=True, exist_ok=True)
     data = {
         "benchmark": name,
-        "command": f"python -m tests.perf.{name}",
+        "command": " ".join(["python -m", f"tests.perf.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "processor": f"{platform.machine()}, {os.cpu_count()} cores, {options.threads} thread(s)",

@@ -124,19 +124,24 @@ class DRLPlugin(SupervisedPlugin, supports_distributed=True):
         self.pool = pool
         self.normalize = normalize
         self.class_key = class_key
-        self.last: dict[str, Tensor] = {}
         self._recorder = ActivationRecorder(layers)
         self._taps: list[Tap] = []
         self._logits = False
         self._named = not isinstance(layers, str) or layers not in ("auto", "stages", "leaves")
         self._mask_value: float | None = None
         self._term: Tensor | None = None
-        self._sums: Tensor | None = None
+        self._last: list[Tensor] = []
+        self._sums: Any = None  # a tensor, or numbers on the CPU
         self._summed = 0
         self._steps = 0
         self._head_checked = False
         self._task_of_label: dict[int, Any] = {}
         self._warned = False
+
+    @property
+    def last(self) -> dict[str, Tensor]:
+        """``L_bt``, ``L_wi`` and ``L_DR`` of the last batch; empty before the first."""
+        return dict(zip(("L_bt", "L_wi", "L_DR"), self._last, strict=False))
 
     # set-up ---------------------------------------------------------------------------------
 
@@ -201,7 +206,7 @@ class DRLPlugin(SupervisedPlugin, supports_distributed=True):
         self._raise_if_not_finite()
         if self._sums is None:
             return
-        means = (self._sums / self._summed).tolist()
+        means = (torch.as_tensor(self._sums) / self._summed).tolist()
         for name, mean in zip(("DRL_L_bt", "DRL_L_wi", "DRL_L_DR"), means, strict=True):
             publish(self, strategy, name, mean)
 
@@ -256,17 +261,24 @@ class DRLPlugin(SupervisedPlugin, supports_distributed=True):
             )
 
     def _keep(self, between: Tensor, within: Tensor, loss: Tensor) -> None:
-        values = torch.stack([between.detach(), within.detach(), loss.detach()])
-        self.last = dict(zip(("L_bt", "L_wi", "L_DR"), values.unbind(), strict=True))
-        self._sums = values if self._sums is None else self._sums + values
+        self._last = [between.detach(), within.detach(), loss.detach()]
         self._summed += 1
         self._steps += 1
-        if values.device.type == "cpu" or self._steps % _STEPS_BETWEEN_CHECKS == 0:
+        if loss.device.type == "cpu":  # numbers are cheaper than tensors of one number
+            values = [value.item() for value in self._last]
+            old = self._sums or (0.0, 0.0, 0.0)
+            self._sums = [a + b for a, b in zip(old, values, strict=True)]
+            check = not math.isfinite(sum(values))
+        else:
+            stacked = torch.stack(self._last)
+            self._sums = stacked if self._sums is None else self._sums + stacked
+            check = self._steps % _STEPS_BETWEEN_CHECKS == 0
+        if check:
             self._raise_if_not_finite()
 
     def _raise_if_not_finite(self) -> None:
         # A sum is not finite any more once one of its terms is not.
-        if self._sums is None or math.isfinite(float(self._sums.sum())):
+        if self._sums is None or math.isfinite(float(torch.as_tensor(self._sums).sum())):
             return
         last = {name: float(value) for name, value in self.last.items()}
         self._sums = None
