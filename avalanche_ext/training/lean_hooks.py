@@ -138,4 +138,5 @@ def follows(listener: Any, event: str) -> bool:
     hook = getattr(type(listener), event, None)
     owner, _, _ = getattr(hook, "__qualname__", "").partition(".")
     empty = owner in _EMPTY and getattr(hook, "__module__", "").startswith("avalanche.")
-    return not empty or event in vars(listener)
+    dynamic = type(listener).__getattribute__ is not object.__getattribute__
+    return not empty or dynamic or event in vars(listener)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from avalanche.benchmarks.utils.transforms import MultiParamCompose, TupleTransform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 from torchvision.datasets import VisionDataset
 
 from avalanche_ext.training.loading.batch_transforms import (
@@ -196,8 +196,13 @@ def _label(y: Any) -> int:
 def _bare(dataset: Any) -> tuple[Any, list[Any], list[Any]]:
     """A leaf without the transforms that it applies itself, and those of ``x`` and of ``y``."""
     if type(dataset) is Subset:
-        inner, *transforms = _bare(dataset.dataset)
-        return Subset(inner, dataset.indices), *transforms
+        inner, x_own, y_own = _bare(dataset.dataset)
+        return Subset(inner, dataset.indices), x_own, y_own
+    if type(dataset) is ConcatDataset:
+        inner, x_owns, y_owns = zip(*map(_bare, dataset.datasets), strict=True)
+        if any(own != owns[0] for owns in (x_owns, y_owns) for own in owns):
+            raise UnmovableTransform("parts of a ConcatDataset have different transforms.")
+        return ConcatDataset(inner), x_owns[0], y_owns[0]
     own = getattr(dataset, "transform", None)
     if isinstance(dataset, VisionDataset):
         joint = getattr(dataset, "transforms", None)

@@ -101,6 +101,7 @@ class DeviceDataPlugin(SupervisedPlugin, supports_distributed=True):
         self.fallback = fallback
         self._residents: dict[Any, Resident] = {}
         self._in_use: set[Any] = set()
+        self._refused: dict[Any, Any] = {}  # with what must stay alive for the keys to be valid
         self._warned: set[str] = set()
         self._seed: int | None = None
         self._epochs = 0
@@ -119,11 +120,15 @@ class DeviceDataPlugin(SupervisedPlugin, supports_distributed=True):
         if key in self._residents:
             self._residents[key] = self._residents.pop(key)  # used last
             return self._residents[key].source
+        if key in self._refused:
+            return None
         try:
             resident = self._make(strategy, dataset)
         except (TooLarge, UnmovableTransform) as reason:
             if self.fallback == "error":
                 raise
+            if key is not None and isinstance(reason, UnmovableTransform):
+                self._refused[key] = dataset  # not to be read through again in each epoch
             self._warn(
                 type(reason).__name__ if isinstance(reason, TooLarge) else str(reason),
                 f"{reason} They are read by a DataLoader with {self.fallback_workers} worker "
@@ -140,7 +145,7 @@ class DeviceDataPlugin(SupervisedPlugin, supports_distributed=True):
         for key in self._in_use & self._residents.keys():
             if not self._residents[key].nbytes:  # it would keep the experience's data set alive
                 del self._residents[key]
-        self._in_use = set()
+        self._in_use, self._refused = set(), {}
 
     def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
         """Gather this epoch's batches from tensors."""
@@ -177,7 +182,7 @@ class DeviceDataPlugin(SupervisedPlugin, supports_distributed=True):
         lean_hooks.remove(strategy, lean_hooks.EVAL_EVENTS)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_residents": {}, "_in_use": set()}  # read again when needed
+        return {**self.__dict__, "_residents": {}, "_in_use": set(), "_refused": {}}  # read again
 
     def __str__(self) -> str:
         return "DeviceData"
