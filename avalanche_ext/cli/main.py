@@ -1,27 +1,32 @@
-"""``avalanche-ext``: list, card, run, report."""
+"""``avalanche-ext``: list, card, doctor, run, sweep, report."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from avalanche_ext.cli import card, list_methods, report, run
+from avalanche_ext.cli import card, doctor, list_methods, report, run, sweep
 
 __all__ = ["main"]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; 0 on success, 2 with one clear line on a mistake of the user's."""
+    """Run the command.
+
+    Returns:
+        0 on success, 1 where the command itself found something wrong (a doctor's error, a sweep
+        with trials left), 2 with one clear line on a mistake of the user's.
+    """
     parser = argparse.ArgumentParser(
         prog="avalanche-ext", description="Continual-learning methods as Avalanche plugins."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (list_methods, card, run, report):
+    for module in (list_methods, card, doctor, run, sweep, report):
         module.add_parser(commands)
     options = parser.parse_args(arguments)
     try:
         return options.execute(options)
-    except (ValueError, TypeError, FileNotFoundError) as error:
+    except (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError) as error:
         print(f"avalanche-ext: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

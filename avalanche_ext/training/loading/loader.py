@@ -139,7 +139,8 @@ class ReplayLoader:
 
     def _load(self, plan: _Plan) -> Iterator[Batch]:
         options = self.options
-        if plan.source.direct or (options.num_workers == 0 and not options.pin_memory):
+        asked = options.num_workers > 0 or options.pin_memory
+        if not (asked and plan.source.for_workers):
             generator = seeded(*self.parts[0].seed, plan.epoch, -3, options.shard[0])
             for indices in plan.shares():
                 self.global_rows = plan.rows.popleft()

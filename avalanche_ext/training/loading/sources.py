@@ -129,7 +129,7 @@ class JoinedSource(Dataset):
         nothing = torch.zeros(0, dtype=torch.int64)
         located = [source.locate(nothing) for source in self.sources]
         self._transform = self.sources[0].transform if self.sources else None
-        # All in tensors of one kind, treated in one way: worker processes would only slow it down.
+        # All in tensors of one kind, treated in one way.
         self.direct = (
             None not in located
             and _alike(located)
@@ -138,6 +138,15 @@ class JoinedSource(Dataset):
 
     def __len__(self) -> int:
         return self.bounds[-1]
+
+    @property
+    def for_workers(self) -> bool:
+        """Whether worker processes should read it: tensors are gathered faster than sent.
+
+        Memory of an accelerator cannot be read in another process.
+        """
+        held = [_devices(source) for source in self.sources]
+        return None in held and not any(device.type != "cpu" for d in held for device in d or ())
 
     def __getitems__(self, indices: Sequence[Tensor]) -> Batch:
         """One batch; the name is the one that torch's fetcher looks for."""
@@ -156,6 +165,16 @@ class JoinedSource(Dataset):
         """Numbers in the whole row of sources as numbers in each source."""
         spans = itertools.pairwise(self.bounds)
         return [numbers[(numbers >= low) & (numbers < high)] - low for low, high in spans]
+
+
+def _devices(source: Source) -> set[torch.device] | None:
+    """Where a source's tensors are; ``None`` if it reads samples one by one."""
+    inner = getattr(source, "joined", None)
+    if isinstance(inner, JoinedSource):
+        found = [_devices(part) for part in inner.sources]
+        return None if None in found else {device for part in found for device in part or ()}
+    located = source.locate(torch.zeros(0, dtype=torch.int64))
+    return None if located is None else {column.device for column, _ in located}
 
 
 def transformed(

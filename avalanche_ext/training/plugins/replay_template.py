@@ -13,7 +13,7 @@ import torch
 from avalanche.benchmarks.utils.data_loader import TaskBalancedDataLoader
 from avalanche.training.plugins import SupervisedPlugin
 from avalanche.training.storage_policy import ExemplarsBuffer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, default_collate
 
 from avalanche_ext.training.checks import check_experience, check_labels_fit
 from avalanche_ext.training.loading.loader import ReplayLoader, ReplayPart, options_for
@@ -192,5 +192,10 @@ def _is_avalanches_own(loader: Any, strategy: Any) -> bool:
     if isinstance(loader, ResidentLoader):
         loader = loader.loader
     if type(loader) is DataLoader:
-        return loader.dataset is strategy.adapted_dataset
+        return (
+            loader.dataset is strategy.adapted_dataset
+            and loader.batch_size == strategy.train_mb_size
+            and loader.collate_fn is default_collate
+            and type(loader.sampler) in (RandomSampler, SequentialSampler)
+        )
     return type(loader) is TaskBalancedDataLoader

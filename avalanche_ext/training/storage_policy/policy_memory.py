@@ -31,7 +31,7 @@ class PolicyMemory:
 
     def __init__(self, policy: ExemplarsBuffer) -> None:
         self.policy = policy
-        self._joined: JoinedSource | None = None
+        self.joined: JoinedSource | None = None
 
     @property
     def max_size(self) -> int:
@@ -60,11 +60,11 @@ class PolicyMemory:
     def post_adapt(self, agent: Any, exp: Any) -> None:
         """Let the policy store what it chooses."""
         self.policy.post_adapt(agent, exp)
-        self._joined = None
+        self.joined = None
 
     def index(self, group_by: str | None = None) -> GroupIndex:
         """The samples by the policy's groups, or by label where it has none."""
-        self._joined = None  # the policy may have been resized since
+        self.joined = None  # the policy may have been resized since
         datasets = self._datasets()
         ends = torch.tensor([0, *(len(d) for d in datasets.values())]).cumsum(0).tolist()
         grouped = isinstance(self.policy, BalancedExemplarsBuffer)
@@ -86,14 +86,14 @@ class PolicyMemory:
         """Find the sources of the samples for an experience of ``strategy``."""
         datasets = [d.train() for d in self._datasets().values() if len(d)]
         sources = [source_for(strategy, d) for d in datasets]
-        self._joined = JoinedSource(sources, [len(d) for d in datasets])
+        self.joined = JoinedSource(sources, [len(d) for d in datasets])
 
     def gather(self, indices: Tensor, generator: Generator | None = None) -> list[Tensor]:
         """The samples in the given slots."""
-        if self._joined is None:
+        if self.joined is None:
             self.open(None)
-        assert self._joined is not None
-        return self._joined.batch(self._joined.split(indices), generator)
+        assert self.joined is not None
+        return self.joined.batch(self.joined.split(indices), generator)
 
     def locate(self, indices: Tensor) -> None:
         """See ``Source``: the policy's samples may lie in several data sets."""
@@ -105,4 +105,4 @@ class PolicyMemory:
         return {"all": self.policy.buffer}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"policy": self.policy, "_joined": None}
+        return {"policy": self.policy, "joined": None}

@@ -20,7 +20,7 @@ from avalanche_ext.training.loading.sampling import (
     UniformDraw,
     seeded,
 )
-from avalanche_ext.training.loading.sources import DatasetSource, TensorSource
+from avalanche_ext.training.loading.sources import DatasetSource, JoinedSource, TensorSource
 from tests.conftest import class_stream
 
 GROUPS = {"a": [4, 1], "b": [0], "c": [5, 2, 3, 8]}  # slots 6 and 7 are free
@@ -315,3 +315,18 @@ def test_workers_end_with_their_loader_without_waiting_for_the_garbage_collector
         assert workers() is None
     finally:
         gc.enable()
+
+
+def test_samples_in_tensors_are_gathered_here_whatever_workers_are_asked_for():
+    options = LoaderOptions(8, num_workers=2, persistent_workers=True)
+    loader = ReplayLoader(CURRENT, options, [part(PerGroupDraw(3))])
+    assert [b[1].tolist() for b in loader] == by_hand(PerGroupDraw(3), epoch=1)
+    assert loader._dataloader is None
+
+
+def test_who_reads_what():
+    one_by_one = OneByOne(CURRENT)
+    assert JoinedSource([one_by_one, MEMORY], [30, 9]).for_workers
+    assert not JoinedSource([CURRENT, MEMORY], [30, 9]).for_workers
+    elsewhere = TensorSource([c.to("meta") for c in MEMORY.columns])
+    assert not JoinedSource([one_by_one, elsewhere], [30, 9]).for_workers

@@ -23,8 +23,9 @@ from avalanche.training.storage_policy import (
     ParametricBuffer,
     ReservoirSamplingBuffer,
 )
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
+from avalanche_ext.models.mlp import MLP
 from avalanche_ext.training.plugins.ber import BERPlugin
 from avalanche_ext.training.plugins.drl import DRLPlugin
 from avalanche_ext.training.plugins.er import ERPlugin
@@ -35,7 +36,7 @@ from avalanche_ext.training.storage_policy.exemplar_memory import (
     ExperienceBalancedMemory,
     ReservoirMemory,
 )
-from tests.conftest import naive
+from tests.conftest import class_stream, naive
 from tests.training.plugins.replaying import Recorder, linear, numbered, origins, trained, weights
 
 PLUGINS = {"BER": BERPlugin, "ER": ERPlugin, "Shuffle": ShuffleReplayPlugin}
@@ -395,3 +396,32 @@ def test_labels_outside_the_head_are_an_error_before_any_weight_changes(name):
         strategy.train(STREAM[1])
     assert torch.equal(before, weights(model))
     assert len(plugin.memory) == 5
+
+
+class OwnBatches(SupervisedPlugin):
+    """A loader over the current data with a batch size and a collate function of its own."""
+
+    def before_training_exp(self, strategy, **kwargs):
+        strategy.dataloader = DataLoader(strategy.adapted_dataset, 4, collate_fn=doubled)
+
+
+def doubled(samples):
+    x, *rest = default_collate(samples)
+    return [2 * x, *rest]
+
+
+def test_another_plugins_dataloader_is_added_to_not_replaced():
+    seen = []
+
+    class Watch(SupervisedPlugin):
+        def before_forward(self, strategy, **kwargs):
+            seen.append((strategy.experience.current_experience, strategy.mb_x.clone()))
+
+    stream = class_stream()
+    strategy = naive(MLP(8, (4,), 6), [OwnBatches(), ERPlugin(6), Watch()])
+    for experience in stream.train_stream[:2]:
+        strategy.train(experience, eval_streams=[])
+    x = torch.stack([sample[0] for sample in stream.train_stream[1].dataset])
+    first = next(batch for k, batch in seen if k == 1)
+    assert torch.equal(first[:4], 2 * x[:4])
+    assert len(first) == 4 + 8
