@@ -42,10 +42,9 @@ class Steps(SupervisedPlugin):
         self.rows.append(len(strategy.mb_y))
 
     @property
-    def milliseconds(self):
-        """Median over steps, loading included: from the start of one to the start of the next."""
-        gaps = sorted(b - a for a, b in itertools.pairwise(self.clock))
-        return 1e3 * gaps[len(gaps) // 2]
+    def gaps(self):
+        """Milliseconds of each step, loading included: from its start to the next one's."""
+        return [1e3 * (b - a) for a, b in itertools.pairwise(self.clock)]
 
 
 def samples(n, classes, generator):
@@ -64,11 +63,14 @@ def train(make_plugin, parts, n_classes, points):
         model=model, optimizer=torch.optim.SGD(model.parameters(), 0.01), train_mb_size=BATCH,
         plugins=[DeviceDataPlugin(), plugin, steps], evaluator=None,
     )  # fmt: skip
-    found = {}
-    for k, experience in enumerate(benchmark.train_stream):
+    seen = []
+    for experience in benchmark.train_stream:
         strategy.train(experience, eval_streams=[])
-        if k in points:
-            found[k] = (steps.milliseconds, steps.rows[0], plugin.bytes_remembered)
+        seen.append((steps.gaps, steps.rows[0], plugin.bytes_remembered))
+    found = {}
+    for k in points:  # the median over the steps of this experience and up to four on either side
+        gaps = sorted(gap for near in seen[max(1, k - 4) : k + 5] for gap in near[0])
+        found[k] = (gaps[len(gaps) // 2], *seen[k][1:])
     return found
 
 
@@ -158,9 +160,13 @@ def draw(rows, path):
         for axis in column:
             axis.set_xscale("log")
             axis.grid(alpha=0.3)
-        column[0].set_ylim(bottom=0)
-        column[0].legend(fontsize=7)
-        column[1].set_yscale("log")
+        highest = max(row["milliseconds_per_step"] for row in mine)
+        column[0].set_ylim(0, 1.5 * highest)
+        column[0].legend(fontsize=7, loc="upper left")
+        if sweep == "experiences":
+            column[1].set_ylim(bottom=0)  # the budget is a total
+        else:
+            column[1].set_yscale("log")
         column[1].set_xlabel(sweep)
     axes[0][0].set_ylabel("milliseconds per step")
     axes[1][0].set_ylabel("megabytes of exemplars")

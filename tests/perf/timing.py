@@ -74,7 +74,7 @@ def _peak() -> int:
 
 
 def arguments(description: str, parts: Sequence[str] = ()) -> argparse.Namespace:
-    """``--threads``, ``--repeats``, ``--out``, ``--quick``, and ``--part`` where there are parts."""
+    """``--threads``, ``--repeats``, ``--out``, ``--quick``; ``--part`` where there are parts."""
     parser = argparse.ArgumentParser(description=description)
     if parts:
         parser.add_argument("--part", choices=parts, required=True)
@@ -94,7 +94,7 @@ def record(
     options.out.mkdir(parents=True, exist_ok=True)
     data = {
         "benchmark": name,
-        "command": " ".join(["python -m", f"tests.perf.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": " ".join([f"python -m tests.perf.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "processor": f"{platform.machine()}, {os.cpu_count()} cores, {options.threads} thread(s)",
