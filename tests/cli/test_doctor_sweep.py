@@ -41,7 +41,8 @@ def test_an_error_gives_1_and_no_forecast(capsys):
 
 def test_two_workers_sweep_a_grid_and_the_best_can_be_run(tmp_path, capfd):
     out = tmp_path / "sweep"
-    command = [*SWEEP, "--grid", "mem=5,20", "mode=per_group", "--out", str(out), "--workers", "2"]
+    command = [*SWEEP, "--grid", "mem=5,20", "mode=per_group", "--out", str(out), "--workers", "2",
+               "--set", "benchmark.validation=true", "lr=0.2"]  # fmt: skip
     assert main(command) == 0
     shown = capfd.readouterr().out
     data = json.loads((out / "sweep.json").read_text())
@@ -57,6 +58,7 @@ def test_two_workers_sweep_a_grid_and_the_best_can_be_run(tmp_path, capfd):
     assert program == "avalanche-ext"
     assert main(run) == 0
     resolved = json.loads((out / "best" / "recipe.json").read_text())
+    assert resolved["lr"] == 0.2
     assert str(resolved["mem"]) == data["best"]["params"]["mem"]
     assert resolved["benchmark"]["validation"] is False
     assert resolved["benchmark"]["n_experiences"] == 5
