@@ -8,20 +8,37 @@ from typing import Any
 
 __all__ = ["add_parser"]
 
+_FORMATS = ("terminal", "markdown", "latex", "csv", "html")
+
 
 def add_parser(commands: Any) -> None:
     """Declare the subcommand."""
-    parser = commands.add_parser("report", help="table and pictures of a finished run")
-    parser.add_argument("folder", metavar="DIR", type=Path, help="folder of a run")
+    parser = commands.add_parser("report", help="table, pictures and page of a finished run")
+    parser.add_argument(
+        "folders", metavar="DIR", type=Path, nargs="+",
+        help="folder of a run; several, of one protocol, give one table",
+    )  # fmt: skip
+    parser.add_argument(
+        "--format", choices=_FORMATS, default="terminal",
+        help="terminal prints the table and writes report.md, report.html and the pictures; "
+        "markdown, latex and csv print the table and write nothing; html writes report.html",
+    )  # fmt: skip
     parser.set_defaults(execute=execute)
 
 
 def execute(options: argparse.Namespace) -> int:
     """Print the table; write the report's files beside the records."""
-    from avalanche_ext.experiments.report import report
+    from avalanche_ext.experiments.report import report, table, write_page
 
-    table, files = report(options.folder)
-    print(f"{table}\n")
-    for file in files:
-        print(file)
+    folders = options.folders
+    if options.format == "html":
+        for folder in folders:
+            print(write_page(folder))
+    elif options.format == "terminal" and len(folders) == 1:
+        text, files = report(folders[0])
+        print(f"{text}\n")
+        for file in files:
+            print(file)
+    else:
+        print(table(folders, options.format))
     return 0

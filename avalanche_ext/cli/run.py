@@ -74,7 +74,8 @@ def execute(options: argparse.Namespace) -> int:
     print(f"\n{table}\n")
     print(f"records      {out}/summary.json, {out}/seed_*/result.json")
     print(f"table        {files[0]}")
-    print(f"pictures     {out}/accuracy_matrix_*.png ({len(files) - 1})")
+    print(f"page         {files[1]}")
+    print(f"pictures     {out}/accuracy_matrix_*.png ({len(files) - 2})")
     print(f"TensorBoard  tensorboard --logdir {out}")
     return 0
 

@@ -29,6 +29,7 @@ __all__ = [
     "backward_transfer_expandable_der",
     "backward_transfer_gem",
     "draw_accuracy_matrix",
+    "filled",
     "forgetting",
     "forward_transfer_expandable_der",
     "forward_transfer_gem",
@@ -42,7 +43,7 @@ Matrix = Sequence[Sequence[float]]
 
 def average_accuracy(matrix: Matrix) -> float:
     r"""Mean accuracy over all experiences at the end, :math:`\frac1T \sum_j a_{Tj}`."""
-    return float(_checked(matrix)[-1].mean())
+    return float(filled(matrix)[-1].mean())
 
 
 def seen_accuracies(matrix: Matrix, samples: Sequence[int] | None = None) -> list[float]:
@@ -57,7 +58,7 @@ def seen_accuracies(matrix: Matrix, samples: Sequence[int] | None = None) -> lis
     Raises:
         ValueError: If there is not one count per test experience.
     """
-    a = _checked(matrix)
+    a = filled(matrix)
     if samples is not None and len(samples) != a.shape[1]:
         raise ValueError(
             f"samples expects one count per test experience, {a.shape[1]}; got {len(samples)}."
@@ -90,7 +91,7 @@ def forgetting(matrix: Matrix) -> float:
     0 for a single experience, ``nan`` for one test experience. Chaudhry et al. (2018), Riemannian
     Walk, Eq. 3, counted from the experience's own training on.
     """  # noqa: E501 - one formula
-    a = _checked(matrix)
+    a = filled(matrix)
     last = len(a) - 1
     if last == 0:
         return 0.0
@@ -105,7 +106,7 @@ def backward_transfer_gem(matrix: Matrix) -> float:
     ``nan`` for a single experience, and for one test experience. Lopez-Paz and Ranzato (2017),
     Eq. 3.
     """  # noqa: E501 - one formula
-    a = _checked(matrix)
+    a = filled(matrix)
     last = len(a) - 1
     if not _has_transfer(a):
         return math.nan
@@ -119,7 +120,7 @@ def backward_transfer_expandable_der(matrix: Matrix) -> float:
     trained, whose difference is 0. Undefined where GEM's is. Yan et al. (2021), who refit the
     classifier on all data before each test; here the accuracies are taken as given.
     """  # noqa: E501 - one formula
-    a = _checked(matrix)
+    a = filled(matrix)
     if not _has_transfer(a):
         return math.nan
     own = np.diag(a)
@@ -138,7 +139,7 @@ def forward_transfer_gem(matrix: Matrix, initial: Sequence[float]) -> float:
 
     Lopez-Paz and Ranzato (2017), Eq. 4.
     """  # noqa: E501 - one formula
-    a = _checked(matrix)
+    a = filled(matrix)
     if not _has_transfer(a):
         return math.nan
     b = _one_each("initial", initial, len(a))
@@ -155,7 +156,7 @@ def forward_transfer_expandable_der(matrix: Matrix, alone: Sequence[float]) -> f
 
     Undefined where GEM's backward transfer is. Yan et al. (2021).
     """  # noqa: E501 - one formula
-    a = _checked(matrix)
+    a = filled(matrix)
     if not _has_transfer(a):
         return math.nan
     return float(np.mean((np.diag(a) - _one_each("alone", alone, len(a)))[1:]))
@@ -170,7 +171,7 @@ def intransigence(matrix: Matrix, joint: Sequence[float]) -> float:
 
     ``nan`` for one test experience. Chaudhry et al. (2018), Sec. 3.2.
     """  # noqa: E501 - one formula
-    a = _checked(matrix)
+    a = filled(matrix)
     if a.shape[1] == 1 and len(a) > 1:
         return math.nan
     return float(np.mean(_one_each("joint", joint, len(a)) - np.diag(a)))
@@ -217,7 +218,7 @@ def draw_accuracy_matrix(matrix: Matrix, title: str) -> Any:
     """A heat map as a matplotlib figure; what lies ahead of training is greyed out."""
     from matplotlib.figure import Figure
 
-    a = _checked(matrix)
+    a = filled(matrix)
     n, columns = a.shape
     figure = Figure(figsize=(1.9 + 0.55 * columns, 1.6 + 0.5 * n), layout="constrained")
     axes = figure.add_subplot()
@@ -241,8 +242,12 @@ def draw_accuracy_matrix(matrix: Matrix, title: str) -> Any:
     return figure
 
 
-def _checked(matrix: Matrix) -> np.ndarray:
-    """The matrix as an array, what is ahead of a triangular one as ``nan``."""
+def filled(matrix: Matrix) -> np.ndarray:
+    """The matrix as an array, what is ahead of a triangular one as ``nan``.
+
+    Raises:
+        ValueError: If it is no accuracy matrix.
+    """
     widths = [len(row) for row in matrix]
     n = len(widths)
     if n and widths in ([n] * n, [1] * n):

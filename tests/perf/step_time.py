@@ -177,7 +177,7 @@ def by_hand(start, work, method, batch, device="cpu"):
     x, y = (c.to(device) for c in work.train[1])
     if replay is not None:
         slots = replay.memory.index().slots
-        mem_x, mem_y, _ = (c[:len(slots)] for c, _ in replay.memory.locate(slots))
+        mem_x, mem_y, _ = (c[: len(slots)] for c, _ in replay.memory.locate(slots))
         seed = (1, *replay._name.encode(), replay._loaders + 1)  # the plugin asks for torch's seed
     device_data = next(p for p in start.plugins if isinstance(p, DeviceDataPlugin))
 
@@ -206,7 +206,7 @@ def by_hand(start, work, method, batch, device="cpu"):
                 if method == "er":
                     at = torch.randint(len(slots), (batch,), generator=picks)
                 else:
-                    at = (torch.rand(1, batch, generator=picks, dtype=torch.float64) * len(slots))
+                    at = torch.rand(1, batch, generator=picks, dtype=torch.float64) * len(slots)
                     at = at.long().reshape(-1)
                 at = slots[at].to(device)
                 bx = torch.cat([bx, mem_x.index_select(0, at)])

@@ -5,5 +5,13 @@ from avalanche_ext.evaluation.metrics.gradient_diversity import (
     SimilarityReport,
     similarity_report,
 )
+from avalanche_ext.evaluation.metrics.matrix import AccuracyMatrixMetrics
+from avalanche_ext.evaluation.metrics.resources import ResourceMetrics
 
-__all__ = ["GradientDiversity", "SimilarityReport", "similarity_report"]
+__all__ = [
+    "AccuracyMatrixMetrics",
+    "GradientDiversity",
+    "ResourceMetrics",
+    "SimilarityReport",
+    "similarity_report",
+]

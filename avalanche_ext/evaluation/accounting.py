@@ -1,0 +1,93 @@
+"""What a method costs: parameters, floating-point operations, and bytes kept from the past."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from avalanche.models.utils import avalanche_forward
+from avalanche.training.plugins import AGEMPlugin, GEMPlugin, ReplayPlugin
+from avalanche.training.supervised import Cumulative
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from avalanche_ext.training.loading.sources import as_source
+from avalanche_ext.training.storage_policy.policy_memory import PolicyMemory
+from avalanche_ext.training.storage_policy.stores import sample_bytes
+
+__all__ = ["bytes_remembered", "count_parameters", "flops_per_sample", "memory_mib"]
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Numbers that the network learns or learnt, frozen ones included, shared ones once.
+
+    Teachers that a plugin keeps are not part of it, nor are running statistics.
+    """
+    return sum(p.numel() for p in model.parameters())
+
+
+def flops_per_sample(model: nn.Module, x: Tensor, task_labels: Tensor | None = None) -> int:
+    """Floating-point operations to classify one sample, a multiply-add counted as 2.
+
+    Counts matrix products, convolutions and attention, as ``torch.utils.flop_counter`` does, not
+    what acts on single numbers (activations, normalisation). The model is left as it was; no
+    random number is drawn unless it draws some in evaluation mode.
+
+    Args:
+        model: The network, compiled or not.
+        x: Samples, of which the first is used.
+        task_labels: Their task labels, for a network with one head per task.
+
+    Raises:
+        ValueError: If there is no sample.
+    """
+    if not len(x):
+        raise ValueError("flops_per_sample expects at least one sample; got none.")
+    labels = torch.zeros(len(x), dtype=torch.long) if task_labels is None else task_labels
+    modes = {module: module.training for module in model.modules()}
+    counter = FlopCounterMode(display=False)
+    model.eval()
+    try:
+        with torch.no_grad(), _eager(), counter:
+            avalanche_forward(model, x[:1], labels[:1])
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return counter.get_total_flops()
+
+
+def memory_mib(parameters: int, exemplar_bytes: int) -> float:
+    """Memory in MiB of a network in float32 and its exemplars, the common scale of both."""
+    return (4 * parameters + exemplar_bytes) / 2**20
+
+
+def bytes_remembered(strategy: Any) -> int:
+    """Bytes of exemplars that the strategy and its plugins hold between experiences."""
+    total = sum(_of_plugin(plugin) for plugin in strategy.plugins)
+    if isinstance(strategy, Cumulative) and strategy.dataset is not None:
+        total += _of_dataset(strategy.dataset)
+    return total
+
+
+def _eager() -> Any:
+    """Compiled code hides its operations from the counter; run what it was compiled from."""
+    stance = getattr(torch.compiler, "set_stance", None)
+    return contextlib.nullcontext() if stance is None else stance("force_eager")
+
+
+def _of_plugin(plugin: Any) -> int:
+    if hasattr(plugin, "bytes_remembered"):
+        return plugin.bytes_remembered
+    if isinstance(plugin, ReplayPlugin):
+        return PolicyMemory(plugin.storage_policy).nbytes
+    if isinstance(plugin, GEMPlugin):
+        parts = (plugin.memory_x, plugin.memory_y, plugin.memory_tid)
+        return sum(t.nbytes for part in parts for t in part.values())
+    if isinstance(plugin, AGEMPlugin):
+        return sum(_of_dataset(d) for d in plugin.buffers)
+    return 0
+
+
+def _of_dataset(dataset: Any) -> int:
+    return len(dataset) * sample_bytes(as_source(dataset), 0) if len(dataset) else 0
