@@ -123,7 +123,9 @@ def speed(_: str) -> str:
             "experience:",
             _step_time([*_perf("step_time_mlp")["rows"], *_perf("step_time_resnet18")["rows"]]),
             "Avalanche's column for BER is its `ReplayPlugin` with as many replayed samples per "
-            "step; for DRL+BER, with `DRLPlugin` on top.",
+            "step; for DRL+BER, with `DRLPlugin` on top. ResNet-18 takes seconds per step on this "
+            "processor, so what is around the model disappears in the spread of the measurement "
+            "(medians of three rounds of two to four steps).",
             "How a step's time and the memory's size grow with the experiences, the exemplars and "
             "the classes:",
             "![step time and memory](examples/results/perf/growth.png)",

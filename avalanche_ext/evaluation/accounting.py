@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -49,7 +48,7 @@ def flops_per_sample(model: nn.Module, x: Tensor, task_labels: Tensor | None = N
     counter = FlopCounterMode(display=False)
     model.eval()
     try:
-        with torch.no_grad(), _eager(), counter:
+        with torch.no_grad(), counter:
             avalanche_forward(model, x[:1], labels[:1])
     finally:
         for module, training in modes.items():
@@ -68,12 +67,6 @@ def bytes_remembered(strategy: Any) -> int:
     if isinstance(strategy, Cumulative) and strategy.dataset is not None:
         total += _of_dataset(strategy.dataset)
     return total
-
-
-def _eager() -> Any:
-    """Compiled code hides its operations from the counter; run what it was compiled from."""
-    stance = getattr(torch.compiler, "set_stance", None)
-    return contextlib.nullcontext() if stance is None else stance("force_eager")
 
 
 def _of_plugin(plugin: Any) -> int:

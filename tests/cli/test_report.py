@@ -67,6 +67,7 @@ def test_runs_of_one_protocol_share_a_table(folder, tmp_path, capsys):
     write_run(tmp_path / "b", systems=("ber/split_digits",), seeds=(0, 1))
     code, out, _ = printed(capsys, folder, tmp_path / "b", "--format", "markdown")
     assert code == 0
+    assert "DRL_BER, published accuracy %: Table 2" in out
     assert [line.split(" | ")[0][2:] for line in out.splitlines()[2:6]] == [
         "NAIVE", "ER", "DRL_BER", "BER"
     ]  # fmt: skip
@@ -78,6 +79,7 @@ def test_times_of_different_devices_do_not_share_a_table(folder, tmp_path, capsy
     _, out, _ = printed(capsys, folder, tmp_path / "b")
     assert "accuracy %" in out
     assert "train s" not in out
+    assert "BER" in out.splitlines()[-4]
 
 
 @pytest.mark.parametrize(

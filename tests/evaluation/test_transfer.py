@@ -102,6 +102,7 @@ def test_what_a_triangle_does_not_hold_is_left_out():
     assert math.isnan(forward_transfer_gem(TRIANGLE, [0.1, 0.1, 0.1]))
 
 
+@pytest.mark.filterwarnings("error")
 def test_one_experience_has_no_transfer():
     assert matrix_metrics([[0.7]], initial=[0.1], alone=[0.2], joint=[0.8]) == pytest.approx(
         {
@@ -128,6 +129,7 @@ def test_one_test_experience_has_accuracies_only():
     ("call", "message"),
     [
         (lambda: backward_transfer_gem([[0.5], [0.5, 0.5], [0.5]]), r"3 rows of \[1, 2, 1\]"),
+        (lambda: backward_transfer_gem([[0.5], [0.5] * 3, [0.5] * 3]), r"\[1, 3, 3\]"),
         (lambda: backward_transfer_gem([]), "0 rows"),
         (lambda: intransigence(TRIANGLE, [0.5]), "joint expects one accuracy per experience, 3"),
         (lambda: forward_transfer_gem(SQUARE, [0.5] * 4), "initial expects .* 3; got 4"),

@@ -265,6 +265,7 @@ def test_cells_are_coloured_by_their_number_and_legible():
     chart = heat_map(np.array([[1.0, 0.0], [0.0, 1.0]]), None, "A")
     fills = re.findall(r'fill="rgb(\([^)]*\))"', chart)
     assert fills == [str(color_of(v)) for v in (1.0, 0.0, 0.0, 1.0)]
+    assert [color_of(v) for v in (0.0, 0.5, 1.0)] == [(68, 1, 84), (33, 144, 141), (253, 231, 37)]
     assert color_of(-1.0) == color_of(0.0) != color_of(1.0) == color_of(2.0)
     for k in range(101):
         light = luminance(color_of(k / 100))

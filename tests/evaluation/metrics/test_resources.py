@@ -44,7 +44,7 @@ def test_counting_leaves_the_model_as_it_was():
 
 def test_a_compiled_net_counts_like_the_net():
     net = MLP(8, (16,), 6)
-    compiled = torch.compile(net, backend="eager")
+    compiled = torch.compile(net, backend=lambda graph, inputs: lambda *_: [torch.zeros(1, 6)])
     compiled(torch.zeros(1, 8))
     assert flops_per_sample(compiled, torch.zeros(1, 8)) == 2 * (8 * 16 + 16 * 6)
 
