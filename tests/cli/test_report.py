@@ -79,7 +79,7 @@ def test_times_of_different_devices_do_not_share_a_table(folder, tmp_path, capsy
     _, out, _ = printed(capsys, folder, tmp_path / "b")
     assert "accuracy %" in out
     assert "train s" not in out
-    assert "BER" in out.splitlines()[-4]
+    assert any(line.startswith("BER ") for line in out.splitlines())
 
 
 @pytest.mark.parametrize(
