@@ -106,7 +106,8 @@ def _setting(value: Any) -> str:
 def _amount(value: Mapping[str, Any], unit: str) -> str:
     mean, sd = value["mean"], value["sd"]
     if unit == "s":
-        return f"{mean:,.1f} s" if sd is None else f"{mean:,.1f} ± {sd:,.1f} s"
+        digits = 1 if mean >= 1 else 3
+        return f"{mean:,.{digits}f}" + ("" if sd is None else f" ± {sd:,.{digits}f}") + " s"
     if unit == "B":
         return _binary(mean)
     if unit == "FLOP":

@@ -129,7 +129,8 @@ def line_chart(
     """
     length = max(len(s.mean) for s in series)
     ticks = _ticks(max(_highest(s) for s in series) if top is None else top)
-    high, left, right, upper, lower = ticks[-1], 44, _WIDTH - 12, 10, 216
+    high, right, upper, lower = ticks[-1], _WIDTH - 12, 10, 216
+    left = max(44.0, 14 + 8.5 * max(len(tick(value)) for value in ticks))
 
     def x(k: int) -> float:
         return (left + right) / 2 if length == 1 else left + k * (right - left) / (length - 1)
@@ -139,7 +140,7 @@ def line_chart(
 
     parts = []
     for value in ticks:
-        line = f'<path class="grid" d="M{left} {y(value):.1f}H{right}"/>'
+        line = f'<path class="grid" d="M{left:.1f} {y(value):.1f}H{right}"/>'
         parts += [line, _text(left - 8, y(value) + 4, tick(value), "end")]
     parts += [_text(x(k), lower + 18, str(k + 1), "middle") for k in _thinned(length, 12)]
     parts.append(_text((left + right) / 2, lower + 36, "experiences trained", "middle", "axis"))

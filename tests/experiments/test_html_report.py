@@ -10,6 +10,7 @@ import pytest
 
 from avalanche_ext.evaluation.tables import table_cells
 from avalanche_ext.experiments.html_report import page
+from avalanche_ext.experiments.page_parts import bars
 from avalanche_ext.experiments.run_folder import read_run, with_all_metrics
 from avalanche_ext.experiments.svg_charts import (
     PALETTE,
@@ -241,6 +242,15 @@ def test_triangular_matrices_are_drawn_and_averaged(tmp_path):
     assert "nan" not in text
 
 
+def test_short_times_keep_their_digits():
+    times = [{"mean": 0.0123, "sd": 0.004}, {"mean": 12.34, "sd": None}, None]
+    text = bars([("A", 0), ("B", 1), ("C", 2)], times, "s")
+    assert re.findall(r"<span>([^<]*)</span></div>", text) == [
+        "0.012 ± 0.004 s", "12.3 s", "not on record"
+    ]  # fmt: skip
+    assert re.findall(r"width:([\d.]+)%", text) == ["0.10", "100.00"]
+
+
 def number(pattern, text):
     return [float(x) for x in re.findall(pattern, text)]
 
@@ -251,6 +261,8 @@ def test_the_curve_is_where_its_numbers_are():
     assert '<path class="line" d="M44.0 216.0L226.0 113.0L408.0 10.0"/>' in chart
     assert 'd="M44.0 216.0L226.0 61.5L408.0 10.0L408.0 10.0L226.0 164.5L44.0 216.0Z"' in chart
     high = line_chart([Series("A", 0, [3.0, 7.0], None)], "x", top=None, tick="{:g}".format)
+    wide = line_chart([Series("A", 0, [0.001, 0.0081], None)], "x", top=None, tick="{:g}".format)
+    assert 'd="M56.5 ' in wide  # "0.002" is longer than "100"
     assert [t for t in ("0", "2", "4", "6", "8") if f">{t}</text>" in high] == list("02468")
 
 
