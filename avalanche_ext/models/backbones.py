@@ -1,0 +1,236 @@
+"""Networks by name: for CIFAR-sized images, a small one, an MLP, and every timm model.
+
+``n_classes=0`` gives the feature extractor alone, ``(B, num_features)``: what the systems that grow
+their own classifier start from.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from avalanche_ext.models.mlp import MLP
+
+__all__ = ["BACKBONES", "CIFARResNet", "SmallConvNet", "build_backbone", "freeze"]
+
+BACKBONES = ("mlp", "small_convnet", "cifar_resnet18", "cifar_resnet32")
+
+
+def build_backbone(
+    name: str,
+    n_classes: int,
+    in_shape: Sequence[int],
+    *,
+    pretrained: bool | str | Path = False,
+    hidden: Sequence[int] = (100, 100),
+) -> nn.Module:
+    """The network of that name with a fresh head of ``n_classes`` units.
+
+    Args:
+        name: ``"mlp"``; ``"small_convnet"`` (three convolutions); ``"cifar_resnet18"`` (ResNet-18
+            with a 3 x 3 stem of stride 1 and no max-pooling) and ``"cifar_resnet32"`` (three stages
+            of 16, 32, 64 channels), both for images of 32 x 32; or any name of ``timm.list_models``,
+            such as ``"resnet50.tv_in1k"``.
+        n_classes: Units of the head; 0 for none: the output is ``(B, num_features)``.
+        in_shape: Shape of one image, ``(channels, height, width)``.
+        pretrained: Start from ImageNet's weights: ``True`` fetches those of timm, a path reads
+            them from a file. Only for timm's names.
+        hidden: Widths of the MLP's hidden layers.
+
+    Returns:
+        The network, with attribute ``num_features``.
+
+    Raises:
+        ValueError: For an unknown name (near matches are listed), or ``pretrained`` where there
+            are no weights.
+        FileNotFoundError: If the weights cannot be fetched or read.
+    """  # noqa: E501 - the list of names
+    if name != "mlp" and len(in_shape) != 3:
+        raise ValueError(
+            f"{name} expects images of shape (channels, height, width); got {tuple(in_shape)}. "
+            f"Only 'mlp' takes other shapes."
+        )
+    if name not in BACKBONES:
+        return _timm(name, n_classes, in_shape[0], pretrained)
+    if pretrained:
+        raise ValueError(
+            f"there are no pretrained weights of {name!r}; use a timm name such as "
+            f"'resnet50.tv_in1k', or pretrained=False."
+        )
+    if name == "mlp":
+        return MLP(math.prod(in_shape), hidden, n_classes)
+    if name == "small_convnet":
+        return SmallConvNet(n_classes, in_shape[0])
+    if name == "cifar_resnet32":
+        return CIFARResNet(5, n_classes, in_shape[0])
+    return _cifar_resnet18(n_classes, in_shape[0])
+
+
+def freeze(model: nn.Module, names: Sequence[str]) -> None:
+    """Stop training the parameters of some modules.
+
+    Batch statistics of a frozen module still follow the data in train mode.
+
+    Args:
+        model: The network.
+        names: Names of its modules, such as ``("conv1", "bn1", "layer1")``.
+
+    Raises:
+        ValueError: If there is no module of a name; near matches are listed.
+    """
+    modules = dict(model.named_modules())
+    for name in names:
+        if name not in modules or not name:
+            near = difflib.get_close_matches(name, modules, n=4, cutoff=0.4) or list(modules)[1:9]
+            raise ValueError(f"the network has no module {name!r} to freeze; near: {near}.")
+        modules[name].requires_grad_(False)
+
+
+class SmallConvNet(nn.Module):
+    """Three 3 x 3 convolutions with batch norm and ReLU, halving the image twice, then a mean.
+
+    Args:
+        n_classes: Units of the head; 0 for none.
+        channels_in: Channels of the images.
+        widths: Channels of the convolutions.
+
+    Shapes:
+        ``(B, channels_in, H, W)`` to ``(B, n_classes)``, or ``(B, widths[-1])`` without a head.
+    """
+
+    def __init__(
+        self, n_classes: int, channels_in: int = 3, widths: Sequence[int] = (32, 64, 128)
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        before = channels_in
+        for k, width in enumerate(widths):
+            layers += [
+                nn.Conv2d(before, width, 3, stride=1 if k == 0 else 2, padding=1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU(inplace=True),
+            ]
+            before = width
+        self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.num_features = before
+        self.fc = nn.Linear(before, n_classes) if n_classes else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        return self.fc(self.features(x))
+
+
+class _Block(nn.Module):
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.act1 = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.downsample = None
+        if stride != 1 or channels_in != channels:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(channels_in, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
+        self.act2 = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x)))))
+        return self.act2(y + (x if self.downsample is None else self.downsample(x)))
+
+
+class CIFARResNet(nn.Module):
+    """The residual network for CIFAR: a 3 x 3 stem and three stages of 16, 32 and 64 channels.
+
+    Shortcuts that change the shape are 1 x 1 convolutions. Each block's last batch norm starts
+    at 0.
+
+    Args:
+        blocks: Blocks per stage; the depth is ``6 * blocks + 2``, so 5 gives ResNet-32.
+        n_classes: Units of the head; 0 for none.
+        channels_in: Channels of the images.
+
+    Shapes:
+        ``(B, channels_in, H, W)`` to ``(B, n_classes)``, or ``(B, 64)`` without a head.
+
+    References:
+        K. He et al. (2016), Deep Residual Learning for Image Recognition, section 4.2.
+    """
+
+    def __init__(self, blocks: int, n_classes: int, channels_in: int = 3) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.act1 = nn.ReLU(inplace=True)
+        before = 16
+        for stage, channels in enumerate((16, 32, 64), 1):
+            parts = []
+            for k in range(blocks):
+                parts.append(_Block(before, channels, 2 if stage > 1 and k == 0 else 1))
+                before = channels
+            self.add_module(f"layer{stage}", nn.Sequential(*parts))
+        self.num_features = before
+        self.global_pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.fc = nn.Linear(before, n_classes) if n_classes else nn.Identity()
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if isinstance(module, _Block):
+                nn.init.zeros_(module.bn2.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        x = self.act1(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(self.global_pool(x))
+
+
+def _cifar_resnet18(n_classes: int, channels_in: int) -> nn.Module:
+    import timm
+
+    # timm's own, so that its fixes and its hooks come along; each block's last batch norm starts
+    # at 0 there too.
+    model = timm.create_model("resnet18", num_classes=n_classes, in_chans=channels_in)
+    model.conv1 = nn.Conv2d(channels_in, 64, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    model.maxpool = nn.Identity()
+    return model
+
+
+def _timm(name: str, n_classes: int, channels_in: int, pretrained: bool | str | Path) -> nn.Module:
+    import timm
+
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, [*BACKBONES, *timm.list_models()], n=4, cutoff=0.5)
+        raise ValueError(
+            f"there is no network {name!r}. {'Close: ' + ', '.join(near) + '. ' if near else ''}"
+            f"Known: {', '.join(BACKBONES)} and the names of timm.list_models()."
+        )
+    if pretrained is False:
+        return timm.create_model(name, num_classes=n_classes, in_chans=channels_in)
+    overlay = None
+    if not isinstance(pretrained, bool):
+        if not Path(pretrained).expanduser().is_file():
+            raise FileNotFoundError(
+                f"there is no file {pretrained} with weights of {name}; name one that holds "
+                f"timm's state dictionary, or use pretrained=True or False."
+            )
+        overlay = {"file": str(Path(pretrained).expanduser())}
+    elif not timm.is_model_pretrained(name):
+        raise ValueError(f"timm has no pretrained weights of {name!r}; use pretrained=False.")
+    try:
+        return timm.create_model(
+            name, pretrained=True, num_classes=n_classes, in_chans=channels_in,
+            pretrained_cfg_overlay=overlay,
+        )  # fmt: skip
+    except OSError as error:
+        raise FileNotFoundError(
+            f"ImageNet weights of {name!r} could not be fetched ({type(error).__name__}). Connect "
+            f"once and run again (they are kept), give pretrained= a file with them, or use "
+            f"pretrained=False: training from random weights is another protocol."
+        ) from error
