@@ -16,7 +16,8 @@ import tempfile
 from pathlib import Path
 
 from avalanche_ext.evaluation.tables import aggregate
-from avalanche_ext.experiments.run import run_seed, versions
+from avalanche_ext.experiments.provenance import versions
+from avalanche_ext.experiments.run import run_seed
 from avalanche_ext.recipes import find_recipe
 
 

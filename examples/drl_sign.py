@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import tempfile
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from avalanche.training.supervised import Naive
 
 from avalanche_ext import MLP, DRLPlugin
 from avalanche_ext.evaluation.tables import aggregate
-from avalanche_ext.experiments.run import run_seed, versions
+from avalanche_ext.experiments.provenance import versions
+from avalanche_ext.experiments.run import run_seed
 from avalanche_ext.recipes import find_recipe
 
 
@@ -77,7 +79,9 @@ def main() -> None:
     for form in ("eq3", "drl"):
         for lr in (0.01, 0.05, 0.1):
             for lam in (1e-4, 1e-3):
-                steps = steps_until_divergence(first, full.benchmark.input_features, form, lr, lam)
+                steps = steps_until_divergence(
+                    first, math.prod(full.benchmark.in_shape), form, lr, lam
+                )
                 divergence.append({"form": form, "lr": lr, "lam": lam, "steps": steps})
                 print(f"{form} lr {lr:g} lam {lam:g}: {steps or 'finite throughout'}", flush=True)
     accuracy = []

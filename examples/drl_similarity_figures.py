@@ -50,7 +50,7 @@ from avalanche_ext.benchmarks.mnist import load_mnist
 from avalanche_ext.benchmarks.streams import Images, hold_out
 from avalanche_ext.evaluation.metrics import SimilarityReport, similarity_report
 from avalanche_ext.evaluation.tables import aggregate
-from avalanche_ext.experiments.run import versions
+from avalanche_ext.experiments.provenance import versions
 
 GROUPS = ((7, 9), (0, 1))
 KINDS = ("different", "same")

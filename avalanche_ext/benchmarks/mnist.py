@@ -64,6 +64,7 @@ def permuted_mnist(
     train_per_experience: int | None = None,
     validation: bool = False,
     seed: int = 0,
+    permutation_seed: int | None = None,
     root: str | Path | None = None,
     download: bool = False,
 ) -> Any:
@@ -77,6 +78,7 @@ def permuted_mnist(
         train_per_experience: Keep this many random training images of each experience.
         validation: Test on a fifth of the training images instead; for choosing settings.
         seed: Seed of the permutations and of ``train_per_experience``.
+        permutation_seed: Seed of the permutations alone, where it is another.
         root: Folder that holds ``MNIST/raw``; Avalanche's data folder by default.
         download: Fetch the files if they are absent.
 
@@ -90,9 +92,12 @@ def permuted_mnist(
     if validation:
         train, test = hold_out(train)
     generator = torch.Generator().manual_seed(seed)
+    order = generator
+    if permutation_seed is not None:
+        order = torch.Generator().manual_seed(permutation_seed)
     streams: tuple[list[Images], list[Images]] = ([], [])
     for k in range(n_experiences):
-        pixels = torch.arange(784) if k == 0 else torch.randperm(784, generator=generator)
+        pixels = torch.arange(784) if k == 0 else torch.randperm(784, generator=order)
         images = _thin(train, train_per_experience, generator)
         streams[0].append((images[0].flatten(1)[:, pixels].view_as(images[0]), images[1]))
         streams[1].append((test[0].flatten(1)[:, pixels].view_as(test[0]), test[1]))

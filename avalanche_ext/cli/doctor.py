@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from avalanche_ext.cli.options import pair
+from avalanche_ext.cli.options import add_recipe, recipe_of
 
 __all__ = ["add_parser"]
 
@@ -13,23 +13,13 @@ __all__ = ["add_parser"]
 def add_parser(commands: Any) -> None:
     """Declare the subcommand."""
     parser = commands.add_parser("doctor", help="examine a recipe before a long run")
-    parser.add_argument("recipe", metavar="RECIPE", help="a recipe of 'avalanche-ext list'")
-    parser.add_argument(
-        "--set", nargs="+", default=[], metavar="FIELD=VALUE", dest="settings", action="extend",
-        help="change fields of the recipe, as for 'run'",
-    )  # fmt: skip
-    parser.add_argument("--device", default="cpu", help="where to train, such as cuda")
-    parser.add_argument("--smoke", action="store_true", help="few images, one epoch, one seed")
+    add_recipe(parser)
     parser.set_defaults(execute=execute)
 
 
 def execute(options: argparse.Namespace) -> int:
     """Print the findings and the forecast; 1 if there is an error."""
-    from avalanche_ext.recipes import find_recipe, with_settings
-
-    settings = dict(pair(text) for text in options.settings)
-    recipe = with_settings(find_recipe(options.recipe), settings)
-    recipe = recipe.smoke() if options.smoke else recipe
+    recipe, _ = recipe_of(options)
 
     from avalanche_ext.experiments.doctor import examine_recipe, forecast_text, memory_text
 
@@ -39,7 +29,7 @@ def execute(options: argparse.Namespace) -> int:
     needs = examination.forecast
     if needs is not None:
         print(f"\n{forecast_text(needs)}\n\n{memory_text(needs)}\n")
-        seeds = len(recipe.seeds)
+        seeds = len(recipe.runs)
         print(
             f"one seed  {needs.total:,.1f} s: training {needs.training:,.1f} s, "
             f"{len(needs.experiences)} evaluations of {needs.evaluation:,.2f} s"

@@ -2,7 +2,44 @@
 
 from __future__ import annotations
 
-__all__ = ["check_device", "pair"]
+import argparse
+from typing import Any
+
+__all__ = ["add_recipe", "check_device", "pair", "recipe_of"]
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """Declare the options that make a recipe: its name or file, and what is changed in it."""
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="a recipe of 'avalanche-ext list', or a YAML or JSON file"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the recipe's")
+    parser.add_argument(
+        "--order-seeds", type=int, nargs="+", metavar="SEED",
+        help="seeds of the order of the classes: one, or one for each of --seeds",
+    )  # fmt: skip
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="FIELD=VALUE", dest="settings", action="extend",
+        help="change fields of the recipe and of its baselines, such as lam=1e-4 or "
+        "benchmark.validation=true",
+    )  # fmt: skip
+    parser.add_argument("--device", default="cpu", help="where to train, such as cuda")
+    parser.add_argument("--smoke", action="store_true", help="few images, one epoch, one seed")
+
+
+def recipe_of(options: argparse.Namespace) -> tuple[Any, list[Any]]:
+    """The recipe of ``add_recipe``'s options, and its baselines.
+
+    Raises:
+        FileNotFoundError: If the recipe is a file that is not there.
+        ValueError: For unknown names and fields, and values of another type.
+    """
+    from avalanche_ext.recipes import load_recipe
+
+    return load_recipe(
+        options.recipe, dict(pair(text) for text in options.settings), seeds=options.seeds,
+        order_seeds=options.order_seeds, smoke=options.smoke,
+    )  # fmt: skip
 
 
 def pair(text: str, option: str = "--set", example: str = "lam=1e-4") -> tuple[str, str]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
 from typing import Any
+
+from avalanche_ext.cli.options import add_recipe, check_device, recipe_of
 
 __all__ = ["add_parser"]
 
@@ -13,15 +14,8 @@ __all__ = ["add_parser"]
 def add_parser(commands: Any) -> None:
     """Declare the subcommand."""
     parser = commands.add_parser("run", help="run a recipe over its seeds, with its baselines")
-    parser.add_argument("recipe", metavar="RECIPE", help="a recipe of 'avalanche-ext list'")
-    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the recipe's")
-    parser.add_argument(
-        "--set", nargs="+", default=[], metavar="FIELD=VALUE", dest="settings", action="extend",
-        help="change fields of the recipe and of its baselines, such as lam=1e-4 or "
-        "benchmark.validation=true",
-    )  # fmt: skip
+    add_recipe(parser)
     parser.add_argument("--out", type=Path, help="folder of the run; runs/RECIPE by default")
-    parser.add_argument("--device", default="cpu", help="where to train, such as cuda")
     parser.add_argument(
         "--checkpoint-every", type=int, metavar="STEPS",
         help="save behind every so many training steps too, not only behind every experience",
@@ -30,7 +24,9 @@ def add_parser(commands: Any) -> None:
         "--trust-checkpoint", action="store_true",
         help="load a checkpoint with pickled state, which can run code: only one of your own",
     )  # fmt: skip
-    parser.add_argument("--smoke", action="store_true", help="few images, one epoch, one seed")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved recipe and its runs, then stop"
+    )
     parser.add_argument("--no-baselines", action="store_true", help="the recipe alone")
     parser.add_argument("--overwrite", action="store_true", help="delete an earlier run first")
     parser.set_defaults(execute=execute)
@@ -38,25 +34,21 @@ def add_parser(commands: Any) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     """Run, then print the table and where everything is."""
-    from avalanche_ext.recipes import find_recipe, with_settings
-
-    settings = dict(_pair(text) for text in options.settings)
-    recipe = with_settings(find_recipe(options.recipe), settings)
-    names = () if options.no_baselines else recipe.baselines
-    baselines = [with_settings(find_recipe(name), settings) for name in names]
-    if options.smoke:
-        recipe, baselines = recipe.smoke(), [b.smoke() for b in baselines]
-    if options.seeds:
-        recipe = dataclasses.replace(recipe, seeds=tuple(dict.fromkeys(options.seeds)))
-    baselines = [dataclasses.replace(b, seeds=recipe.seeds) for b in baselines]
+    recipe, baselines = recipe_of(options)
+    baselines = [] if options.no_baselines else baselines
     out = options.out or Path("runs") / (
         recipe.name.replace("/", "__") + ("__smoke" if options.smoke else "")
     )
-    _check_device(options.device)
+    check_device(options.device)
+    orders = f", order seeds {list(recipe.order_seeds)}" if recipe.order_seeds else ""
     print(
-        f"{recipe.name}: {len(baselines) + 1} systems, seeds {list(recipe.seeds)}, folder {out}",
+        f"{recipe.name}: {len(baselines) + 1} systems, seeds {list(recipe.seeds)}{orders}, "
+        f"folder {out}",
         flush=True,
     )
+    if options.dry_run:
+        _describe(recipe, baselines, out)
+        return 0
 
     from avalanche_ext.experiments.report import report
     from avalanche_ext.experiments.run import FinishedError, run_recipe
@@ -80,17 +72,16 @@ def execute(options: argparse.Namespace) -> int:
     return 0
 
 
-def _pair(text: str) -> tuple[str, str]:
-    field, separator, value = text.partition("=")
-    if not separator or not field:
-        raise ValueError(f"--set expects FIELD=VALUE, such as lam=1e-4; got {text!r}.")
-    return field, value
+def _describe(recipe: Any, baselines: list[Any], out: Path) -> None:
+    import yaml
 
+    from avalanche_ext.catalog import find_card
+    from avalanche_ext.experiments.run import member_folders, run_folders
+    from avalanche_ext.recipes.settings import to_json
 
-def _check_device(name: str) -> None:
-    import torch
-
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name!r} cannot be used here: {error}") from error
+    for folder, member in member_folders(out, recipe, baselines):
+        find_card(member.method)
+        homes = run_folders(folder, recipe).values()
+        done = sum((home / "result.json").exists() for home in homes)
+        print(f"{member.name}: {len(homes)} runs, {done} of them finished, in {folder}")
+    print(f"\n{yaml.safe_dump(to_json(recipe), sort_keys=False).strip()}")

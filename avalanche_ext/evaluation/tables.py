@@ -45,6 +45,7 @@ COLUMNS: tuple[tuple[str, str, float, int], ...] = (
 
 # The same for what only some records hold.
 OPTIONAL_COLUMNS: tuple[tuple[str, str, float, int], ...] = (
+    ("test_accuracy", "test accuracy %", 100, 1),
     ("average_incremental_accuracy_samples", "incremental % (samples)", 100, 1),
     ("backward_transfer_gem", "BWT (GEM) %", 100, 1),
     ("backward_transfer_expandable_der", "BWT (ExpandableDER) %", 100, 1),
@@ -57,7 +58,9 @@ OPTIONAL_COLUMNS: tuple[tuple[str, str, float, int], ...] = (
     ("peak_device_bytes", "peak device bytes", 1, 0),
 )
 
-ALL_COLUMNS = COLUMNS[:3] + OPTIONAL_COLUMNS[:6] + COLUMNS[3:] + OPTIONAL_COLUMNS[6:]
+ALL_COLUMNS = (
+    OPTIONAL_COLUMNS[:1] + COLUMNS[:3] + OPTIONAL_COLUMNS[1:7] + COLUMNS[3:] + OPTIONAL_COLUMNS[7:]
+)
 
 
 def aggregate(values: Sequence[float]) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def examine_recipe(recipe: Recipe, *, device: str = "cpu", steps: int = 50) -> E
         return Examination((place,))
     with _left_alone():
         try:
-            benchmark = recipe.benchmark.build(recipe.seeds[0])
+            benchmark = recipe.benchmark.build(*recipe.runs[0])
         except FAILURES as error:
             return Examination((place, Finding("error", "data", first_line(error))))
         RNGManager.set_random_seeds(recipe.seeds[0])

@@ -23,8 +23,9 @@ import torch
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor
 
-from avalanche_ext.experiments.accounting import bytes_remembered
+from avalanche_ext.evaluation.accounting import bytes_remembered
 from avalanche_ext.experiments.micro_steps import copy_of, part_of
+from avalanche_ext.experiments.run import watched_stream
 from avalanche_ext.training.loading.flat_data import leaves_of
 
 __all__ = ["ExperienceForecast", "Forecast", "available_bytes", "forecast"]
@@ -194,12 +195,13 @@ def _measure(strategy: Any, experience: Any, steps: int) -> _Measured:
 
 
 def _evaluation(strategy: Any, benchmark: Any) -> float:
-    """Seconds of a pass over the test stream, from some batches of its first experience."""
-    first = part_of(benchmark.test_stream[0], _EVALUATED * strategy.eval_mb_size)
+    """Seconds of a pass over what a run is tested on, from some batches of its first experience."""
+    watched = watched_stream(benchmark)
+    first = part_of(watched[0], _EVALUATED * strategy.eval_mb_size)
     start = _now(strategy.device)
     strategy.eval([first])
     seconds = _now(strategy.device) - start
-    return seconds * sum(len(e.dataset) for e in benchmark.test_stream) / len(first.dataset)
+    return seconds * sum(len(e.dataset) for e in watched) / len(first.dataset)
 
 
 def _line(values: Sequence[float], n: int) -> list[float]:

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import platform
-import resource
 import shutil
-import sys
 import time
-from collections.abc import Callable, Sequence
-from importlib import metadata
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +13,34 @@ import torch
 from avalanche.training.determinism.rng_manager import RNGManager
 from avalanche.training.plugins import EvaluationPlugin
 
-import avalanche_ext
 from avalanche_ext.catalog import find_card
-from avalanche_ext.evaluation.accuracy_matrix import (
-    average_accuracy,
-    average_incremental_accuracy,
-    draw_accuracy_matrix,
-    forgetting,
+from avalanche_ext.evaluation.accounting import (
+    bytes_remembered,
+    count_parameters,
+    flops_per_sample,
 )
+from avalanche_ext.evaluation.accuracy_matrix import draw_accuracy_matrix, matrix_metrics
 from avalanche_ext.evaluation.metrics.device import accuracy_metrics, loss_metrics
-from avalanche_ext.evaluation.tables import COLUMNS, aggregate
-from avalanche_ext.experiments.accounting import bytes_remembered
+from avalanche_ext.evaluation.tables import COLUMNS, measured_fields
 from avalanche_ext.experiments.checkpoint import Checkpoints
 from avalanche_ext.experiments.observers import ClassCounter, Logs, Progress, SampleCounter
-from avalanche_ext.models.mlp import MLP
-from avalanche_ext.recipes.base import Recipe, to_json
+from avalanche_ext.experiments.provenance import commit, peak_memory, versions
+from avalanche_ext.models.backbones import build_backbone, freeze
+from avalanche_ext.recipes import Recipe
+from avalanche_ext.recipes.settings import completed, to_json
 from avalanche_ext.training.plugins.device_data import DeviceDataPlugin
 
-__all__ = ["FinishedError", "build_strategy", "run_recipe", "run_seed", "summarise", "versions"]
+__all__ = [
+    "FinishedError",
+    "build_model",
+    "build_strategy",
+    "member_folders",
+    "run_folders",
+    "run_recipe",
+    "run_seed",
+    "summarise",
+    "watched_stream",
+]
 
 Say = Callable[[str], None]
 
@@ -54,7 +60,7 @@ def run_recipe(
     trust_checkpoint: bool = False,
     say: Say = lambda text: None,
 ) -> dict[str, Any]:
-    """Run a recipe and its baselines over the recipe's seeds.
+    """Run a recipe and its baselines over the recipe's seeds (pairs of them, with class orders).
 
     Seeds whose ``result.json`` exists are not run again, and one that was interrupted goes on from
     its last checkpoint, with the numbers of an uninterrupted run: the same call finishes what an
@@ -78,9 +84,7 @@ def run_recipe(
         FinishedError: If the folder holds this very run, complete.
         ValueError: If it holds a run of other settings, or files that are no run.
     """
-    members = [(out, recipe)] + [
-        (out / "baselines" / b.name.replace("/", "__"), b) for b in baselines
-    ]
+    members = member_folders(out, recipe, baselines)
     if out.is_file():
         raise ValueError(f"{out} is a file; --out names the folder of the run.")
     if out.exists() and not (out / "recipe.json").exists() and any(out.iterdir()):
@@ -93,26 +97,29 @@ def run_recipe(
     for folder, member in members:
         _check_same(folder, member)
     missing = [
-        (folder, member, seed)
+        (member, pair, home)
         for folder, member in members[1:] + members[:1]
-        for seed in recipe.seeds
-        if not (folder / f"seed_{seed}" / "result.json").exists()
+        for pair, home in run_folders(folder, recipe).items()
+        if not (home / "result.json").exists()
     ]
     if not missing and (out / "summary.json").exists():
         raise FinishedError(f"{out} already holds this run, finished; use --overwrite to repeat it")
     for folder, member in members:
         folder.mkdir(parents=True, exist_ok=True)
         _write_json(folder / "recipe.json", to_json(member))
-    for folder, member, seed in missing:
+    for member, (seed, order_seed), home in missing:
         result = run_seed(
-            member, seed, folder / f"seed_{seed}", device=device,
+            member, seed, home, order_seed=order_seed, device=device,
             checkpoint_every=checkpoint_every, trust_checkpoint=trust_checkpoint,
         )  # fmt: skip
+        lost = result.get("forgetting")
         say(
-            f"{member.name} seed {seed}: accuracy {100 * result['average_accuracy']:.1f} %, "
-            f"forgetting {100 * result['forgetting']:.1f} %, {result['seconds']:.1f} s"
+            f"{member.name} {home.name.replace('_', ' ')}: accuracy "
+            f"{100 * result['average_accuracy']:.1f} %, "
+            + ("" if lost is None else f"forgetting {100 * lost:.1f} %, ")
+            + f"{result['seconds']:.1f} s"
         )
-    rows = [summarise(folder, member, recipe.seeds) for folder, member in members]
+    rows = [summarise(run_folders(folder, recipe).values(), member) for folder, member in members]
     summary = {
         "recipe": recipe.name,
         "device": device,
@@ -123,16 +130,36 @@ def run_recipe(
     return summary
 
 
+def member_folders(
+    out: Path, recipe: Recipe, baselines: Sequence[Recipe]
+) -> list[tuple[Path, Recipe]]:
+    """The folder of the recipe, then of each of its baselines."""
+    others = [(out / "baselines" / b.name.replace("/", "__"), b) for b in baselines]
+    return [(out, recipe), *others]
+
+
+def run_folders(folder: Path, recipe: Recipe) -> dict[tuple[int, int | None], Path]:
+    """The folder of each of the recipe's runs: ``seed_S``, or ``seed_S_order_O``."""
+    return {
+        (seed, order): folder / (f"seed_{seed}" + ("" if order is None else f"_order_{order}"))
+        for seed, order in recipe.runs
+    }
+
+
 def run_seed(
     recipe: Recipe,
     seed: int,
     folder: Path,
     *,
+    order_seed: int | None = None,
     device: str = "cpu",
     checkpoint_every: int | None = None,
     trust_checkpoint: bool = False,
 ) -> dict[str, Any]:
     """Train and test one seed; write ``events.jsonl``, ``tensorboard/`` and ``result.json``.
+
+    A benchmark with a ``valid_stream`` is tested on it after every experience, and on its test
+    stream once, at the end; others on their test stream.
 
     A seed that was interrupted goes on from its last checkpoint, see ``run_recipe``.
     """
@@ -141,7 +168,8 @@ def run_seed(
         shutil.rmtree(folder)  # cut short before the first checkpoint: begin again
     folder.mkdir(parents=True, exist_ok=True)
     card = find_card(recipe.method)
-    benchmark = recipe.benchmark.build(seed)
+    benchmark = recipe.benchmark.build(seed, order_seed)
+    watched = watched_stream(benchmark)
     RNGManager.set_random_seeds(seed)  # after the benchmark, which draws random numbers too
     logs = Logs(folder)
     title = f"{card.title}, seed {seed}"
@@ -171,26 +199,33 @@ def run_seed(
         start = time.perf_counter()
         checkpoints.train(k, experience)
         seconds.append(time.perf_counter() - start)
-        matrix.append(_accuracies(strategy.eval(benchmark.test_stream)))
+        matrix.append(_accuracies(strategy.eval(watched), watched.name))
         run = {"accuracy_matrix": matrix, "seconds_per_experience": seconds}
         checkpoints.save(k + 1, run)
     progress.close()
+    final = {}
+    if watched is not benchmark.test_stream:
+        values = _accuracies(strategy.eval(benchmark.test_stream), benchmark.test_stream.name)
+        final = {"test_accuracies": values, "test_accuracy": sum(values) / len(values)}
     result = {
         "recipe": recipe.name,
         "method": recipe.method,
         "seed": seed,
+        "order_seed": order_seed,
         "accuracy_matrix": matrix,
-        "average_accuracy": average_accuracy(matrix),
-        "average_incremental_accuracy": average_incremental_accuracy(matrix),
-        "forgetting": forgetting(matrix),
+        "accuracy_matrix_stream": watched.name,
+        **matrix_metrics(matrix, samples=_sizes(watched) if len(matrix[0]) > 1 else None),
+        **final,
         "per_class_accuracy": classes.accuracy,
         "seconds": sum(seconds),
         "seconds_per_experience": seconds,
         "samples_trained": counter.samples,
-        "parameters": sum(p.numel() for p in strategy.model.parameters()),
+        "parameters": count_parameters(strategy.model),
+        "flops_per_sample": _flops(strategy, watched),
         "bytes_remembered": bytes_remembered(strategy),
         **peak_memory(strategy.device),
         "versions": versions(),
+        "commit": commit(),
         "device": str(strategy.device),
     }
     figure = draw_accuracy_matrix(matrix, f"{card.title}: accuracy % (seed {seed})")
@@ -216,10 +251,12 @@ def build_strategy(
     The network's first weights come from torch's global random state: seed it before.
     """
     card = find_card(recipe.method)
-    model = MLP(recipe.benchmark.input_features, recipe.hidden, recipe.benchmark.n_outputs)
+    model = build_model(recipe)
     return card.strategy_class()(
         model=model,
-        optimizer=torch.optim.SGD(model.parameters(), recipe.lr, recipe.momentum),
+        optimizer=torch.optim.SGD(
+            model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay
+        ),
         criterion=torch.nn.CrossEntropyLoss(),
         train_mb_size=recipe.batch_size,
         train_epochs=recipe.epochs,
@@ -230,60 +267,67 @@ def build_strategy(
     )
 
 
-def summarise(folder: Path, recipe: Recipe, seeds: Sequence[int]) -> dict[str, Any]:
-    """One row of a table from the results of a folder's seeds."""
-    results = [
-        json.loads((folder / f"seed_{seed}" / "result.json").read_text("utf-8")) for seed in seeds
-    ]
+def build_model(recipe: Recipe) -> torch.nn.Module:
+    """The network of a recipe, its first weights from torch's global random state."""
+    model = build_backbone(
+        recipe.backbone, recipe.benchmark.n_outputs, recipe.benchmark.in_shape,
+        pretrained=recipe.pretrained, hidden=recipe.hidden,
+    )  # fmt: skip
+    freeze(model, recipe.freeze)
+    return model
+
+
+def watched_stream(benchmark: Any) -> Any:
+    """What a run is tested on after every experience: the ``valid_stream`` if there is one."""
+    return getattr(benchmark, "valid_stream", benchmark.test_stream)
+
+
+def summarise(homes: Iterable[Path], recipe: Recipe) -> dict[str, Any]:
+    """One row of a table from the folders of a recipe's runs."""
+    results = [json.loads((home / "result.json").read_text("utf-8")) for home in homes]
     title = find_card(recipe.method).title
     if getattr(recipe, "mode", "per_group") != "per_group":
         title += f" {recipe.mode}"  # type: ignore[attr-defined]
+    # The rest is in each result.json, and in the report's table of all metrics.
+    shown = {"test_accuracy", *(c[0] for c in COLUMNS), *(p.quantity for p in recipe.published)}
     return {
         "title": title,
         "recipe": recipe.name,
-        "seeds": len(seeds),
-        **{field: aggregate([r[field] for r in results]) for field, *_ in COLUMNS},
+        "seeds": len(results),
+        **{field: v for field, v in measured_fields(results).items() if field in shown},
         "parameters": results[0]["parameters"],
         "accuracy_matrices": [r["accuracy_matrix"] for r in results],
+        "settings": to_json(recipe),
     }
 
 
-def peak_memory(device: torch.device) -> dict[str, int | None]:
-    """The process's largest resident memory so far, and the device's largest allocation."""
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    on_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    return {
-        # Linux counts in kilobytes, macOS in bytes.
-        "peak_rss_bytes": resident if sys.platform == "darwin" else 1024 * resident,
-        "peak_device_bytes": on_device,
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    packages = ("torch", "avalanche-lib", "numpy", "scikit-learn")
-    return {
-        "avalanche_ext": avalanche_ext.__version__,
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in packages},
-    }
-
-
-def _accuracies(metrics: dict[str, Any]) -> list[float]:
+def _accuracies(metrics: dict[str, Any], stream: str) -> list[float]:
     rows = {
         int(name.rsplit("/Exp", 1)[1]): value
         for name, value in metrics.items()
-        if name.startswith("Top1_Acc_Exp/eval_phase/test_stream")
+        if name.startswith(f"Top1_Acc_Exp/eval_phase/{stream}_stream")
     }
     return [rows[k] for k in sorted(rows)]
+
+
+def _sizes(stream: Any) -> list[int]:
+    return [len(experience.dataset) for experience in stream]
+
+
+def _flops(strategy: Any, stream: Any) -> int:
+    x, *_ = stream[0].dataset.eval()[0]
+    return flops_per_sample(strategy.model, x[None].to(strategy.device))
 
 
 def _check_same(folder: Path, recipe: Recipe) -> None:
     path = folder / "recipe.json"
     if not path.exists():
         return
-    old, new = json.loads(path.read_text("utf-8")), to_json(recipe)
-    changed = sorted(k for k in {*old, *new} if old.get(k) != new.get(k) and k != "seeds")
+    new = to_json(recipe)
+    old = completed(json.loads(path.read_text("utf-8")))
+    changed = sorted(
+        k for k in {*old, *new} if old.get(k) != new.get(k) and k not in ("seeds", "order_seeds")
+    )
     if changed:
         raise ValueError(
             f"{folder} holds a run with other settings ({', '.join(changed)} differ). Choose "

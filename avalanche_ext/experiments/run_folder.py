@@ -12,7 +12,7 @@ from typing import Any
 from avalanche_ext.evaluation.accuracy_matrix import matrix_metrics
 from avalanche_ext.evaluation.tables import measured_fields
 from avalanche_ext.recipes import RECIPES, Recipe
-from avalanche_ext.recipes.base import to_json
+from avalanche_ext.recipes.settings import completed, to_json
 
 __all__ = ["Run", "changed_settings", "protocol_of", "read_run", "with_all_metrics"]
 
@@ -67,6 +67,7 @@ def read_run(folder: Path) -> Run:
         recipe = row["recipe"]
         home = folder if recipe == name else folder / "baselines" / recipe.replace("/", "__")
         recorded = row.get("settings") or _settings(home, recipe)
+        recorded = completed(recorded) if recorded else None
         results[recipe] = _results(home, recipe, recorded)
         extra: dict[str, Any] = {}
         if recorded:
@@ -137,8 +138,14 @@ def _settings(home: Path, recipe: str) -> dict[str, Any] | None:
 def _results(home: Path, recipe: str, settings: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     found = [_json(path) for path in home.glob("seed_*/result.json")]
     seeds = None if settings is None else settings.get("seeds")
-    mine = [r for r in found if r["recipe"] == recipe and (seeds is None or r["seed"] in seeds)]
-    return sorted(mine, key=lambda result: result["seed"])
+    orders = [] if settings is None else settings.get("order_seeds")
+    mine = [
+        r for r in found
+        if r["recipe"] == recipe
+        and (seeds is None or r["seed"] in seeds)
+        and (not orders or r.get("order_seed") in orders)
+    ]  # fmt: skip
+    return sorted(mine, key=lambda result: (result["seed"], result.get("order_seed") or 0))
 
 
 def _json(path: Path) -> Any:

@@ -18,7 +18,7 @@ from typing import Any
 from avalanche.benchmarks import CLScenario
 
 from avalanche_ext.recipes import Recipe
-from avalanche_ext.recipes.base import BenchmarkSettings
+from avalanche_ext.recipes.streams import BenchmarkSettings
 
 __all__ = ["FirstExperiences", "check_held_out", "for_selection"]
 
@@ -31,37 +31,37 @@ class FirstExperiences(BenchmarkSettings):
 
     Args:
         of: The benchmark.
-        kind: What it is called.
+        stream: What it is called.
         first: How many of its experiences to keep; ``None`` keeps all.
     """
 
     of: BenchmarkSettings
-    kind: str
+    stream: str
     first: int | None = None
 
     @property
-    def input_features(self) -> int:
-        """Numbers per image."""
-        return self.of.input_features
+    def in_shape(self) -> tuple[int, ...]:
+        """Shape of one image."""
+        return self.of.in_shape
 
     @property
     def n_outputs(self) -> int:
         """Units of the head, which is that of the whole stream."""
         return self.of.n_outputs
 
-    def build(self, seed: int) -> Any:
+    def build(self, seed: int, order_seed: int | None = None) -> Any:
         """The two streams, cut.
 
         Raises:
             ValueError: If the test stream would be the test set.
         """
         check_held_out(self.of)
-        benchmark = self.of.build(seed)
+        benchmark = self.of.build(seed, order_seed)
         train, test = benchmark.train_stream, benchmark.test_stream
         n = len(train) if self.first is None else min(self.first, len(train))
         if len(test) != len(train):
             raise ValueError(
-                f"{self.kind} has {len(test)} test experiences for {len(train)} training "
+                f"{self.stream} has {len(test)} test experiences for {len(train)} training "
                 f"experiences; the score after the first {n} needs a test experience for each."
             )
         return CLScenario([train[:n], test[:n]])
@@ -94,7 +94,7 @@ def for_selection(recipe: Recipe, first: int | None) -> Recipe:
     inner = recipe.benchmark
     cut = FirstExperiences(
         of=inner,
-        kind=type(inner).__name__,
+        stream=type(inner).__name__,
         first=first,
         n_experiences=n,
         train_per_experience=inner.train_per_experience,

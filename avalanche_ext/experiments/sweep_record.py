@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from avalanche_ext.evaluation.tables import aggregate
-from avalanche_ext.experiments.run import versions
+from avalanche_ext.experiments.provenance import versions
 from avalanche_ext.experiments.search_space import value_text
 from avalanche_ext.experiments.sweep import (
     Sweep,

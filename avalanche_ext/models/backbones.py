@@ -125,6 +125,8 @@ class SmallConvNet(nn.Module):
 
 
 class _Block(nn.Module):
+    downsample: nn.Module | None
+
     def __init__(self, channels_in: int, channels: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False)
@@ -167,16 +169,12 @@ class CIFARResNet(nn.Module):
         self.conv1 = nn.Conv2d(channels_in, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         self.act1 = nn.ReLU(inplace=True)
-        before = 16
-        for stage, channels in enumerate((16, 32, 64), 1):
-            parts = []
-            for k in range(blocks):
-                parts.append(_Block(before, channels, 2 if stage > 1 and k == 0 else 1))
-                before = channels
-            self.add_module(f"layer{stage}", nn.Sequential(*parts))
-        self.num_features = before
+        self.layer1 = _stage(blocks, 16, 16, stride=1)
+        self.layer2 = _stage(blocks, 16, 32, stride=2)
+        self.layer3 = _stage(blocks, 32, 64, stride=2)
+        self.num_features = 64
         self.global_pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.fc = nn.Linear(before, n_classes) if n_classes else nn.Identity()
+        self.fc = nn.Linear(64, n_classes) if n_classes else nn.Identity()
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -188,6 +186,11 @@ class CIFARResNet(nn.Module):
         x = self.act1(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.fc(self.global_pool(x))
+
+
+def _stage(blocks: int, channels_in: int, channels: int, stride: int) -> nn.Sequential:
+    first = _Block(channels_in, channels, stride)
+    return nn.Sequential(first, *(_Block(channels, channels, 1) for _ in range(blocks - 1)))
 
 
 def _cifar_resnet18(n_classes: int, channels_in: int) -> nn.Module:

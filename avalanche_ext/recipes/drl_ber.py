@@ -12,7 +12,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from avalanche_ext.recipes.base import PermutedMNIST, Recipe, SplitDigits, SplitMNIST
+from avalanche_ext.recipes.base import Recipe
+from avalanche_ext.recipes.streams import PermutedMNIST, SplitDigits, SplitMNIST
 
 __all__ = ["RECIPES", "ReplayRecipe"]
 

@@ -14,7 +14,7 @@ from avalanche.training.determinism.rng_manager import RNGManager
 from avalanche.training.plugins import EWCPlugin, LwFPlugin, ReplayPlugin, SupervisedPlugin
 
 from avalanche_ext.catalog import CATALOG
-from avalanche_ext.experiments.accounting import bytes_remembered
+from avalanche_ext.evaluation.accounting import bytes_remembered
 from avalanche_ext.experiments.run import build_strategy
 from avalanche_ext.recipes import find_recipe
 

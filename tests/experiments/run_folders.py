@@ -12,7 +12,7 @@ from avalanche_ext.evaluation.accuracy_matrix import (
 )
 from avalanche_ext.evaluation.tables import COLUMNS, aggregate
 from avalanche_ext.recipes import find_recipe
-from avalanche_ext.recipes.base import to_json
+from avalanche_ext.recipes.settings import to_json
 
 VERSIONS = {"avalanche_ext": "0.1.0", "torch": "2.9", "avalanche-lib": "0.6.0", "numpy": "2"}
 SYSTEMS = ("naive/split_digits", "er/split_digits", "drl_ber/split_digits")  # the main one last

@@ -25,7 +25,7 @@ from avalanche_ext.experiments.forecast import _line, forecast
 from avalanche_ext.experiments.micro_steps import HOOKS, take_micro_steps
 from avalanche_ext.experiments.run import build_strategy
 from avalanche_ext.recipes import find_recipe, with_settings
-from avalanche_ext.recipes.base import SplitMNIST
+from avalanche_ext.recipes.streams import SplitMNIST
 from tests.conftest import class_stream, naive
 
 from .doctor_faults import FAULTS, mlp, strategy_for, stream

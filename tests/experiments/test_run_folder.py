@@ -15,7 +15,7 @@ from avalanche_ext.experiments.run_folder import (
     with_all_metrics,
 )
 from avalanche_ext.recipes import find_recipe
-from avalanche_ext.recipes.base import to_json
+from avalanche_ext.recipes.settings import to_json
 from tests.experiments.run_folders import SYSTEMS, VERSIONS, dump, published, write_run
 
 NAIVE, ER, MAIN = SYSTEMS

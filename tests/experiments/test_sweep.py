@@ -27,7 +27,7 @@ from avalanche_ext.experiments.sweep import TRIES, Sweep, load, open_study, prep
 from avalanche_ext.experiments.sweep_record import objective, record, table
 from avalanche_ext.experiments.sweep_workers import submit
 from avalanche_ext.recipes import find_recipe, with_settings
-from avalanche_ext.recipes.base import SplitDigits
+from avalanche_ext.recipes.streams import SplitDigits
 
 from .sweep_processes import CONTEXT, holder, stuck_worker, worker
 
@@ -86,7 +86,7 @@ def test_selection_trains_on_the_first_experiences_and_tests_on_held_out_images(
     learnt = {x.numpy().tobytes() for e in real.train_stream for x, *_ in e.dataset}
     assert not mine & images
     assert mine <= learnt
-    assert (chosen.benchmark.n_outputs, chosen.benchmark.input_features) == (10, 64)
+    assert (chosen.benchmark.n_outputs, chosen.benchmark.in_shape) == (10, (1, 8, 8))
     assert (chosen.benchmark.n_experiences, chosen.benchmark.validation) == (5, True)
     assert len(for_selection(recipe, None).benchmark.build(0).train_stream) == 5
 
@@ -96,7 +96,7 @@ def test_the_test_stream_is_refused_everywhere():
     with pytest.raises(ValueError, match=refusal):
         for_selection(find_recipe("er/split_digits"), 2)
     with pytest.raises(ValueError, match=refusal):
-        FirstExperiences(of=SplitDigits(), kind="SplitDigits", first=2).build(0)
+        FirstExperiences(of=SplitDigits(), stream="SplitDigits", first=2).build(0)
     with pytest.raises(ValueError, match=refusal):
         tiny(settings={"benchmark.validation": "false"})
     with pytest.raises(ValueError, match=r"cannot vary 'benchmark.validation'"):

@@ -8,7 +8,8 @@ import pytest
 
 from avalanche_ext.catalog import CATALOG, find_card
 from avalanche_ext.recipes import RECIPES, find_recipe, with_settings
-from avalanche_ext.recipes.base import SplitDigits, to_json
+from avalanche_ext.recipes.settings import to_json
+from avalanche_ext.recipes.streams import SplitDigits
 
 
 @pytest.mark.parametrize("name", RECIPES)
