@@ -1,7 +1,18 @@
-"""Functions that return Avalanche benchmarks on tensors; the first ones need no download."""
+"""Functions that return Avalanche benchmarks; the first ones need no download."""
 
 from avalanche_ext.benchmarks.cifar import split_cifar100
+from avalanche_ext.benchmarks.core50 import core50
+from avalanche_ext.benchmarks.core50_tree import write_core50_tree
 from avalanche_ext.benchmarks.digits import split_digits
 from avalanche_ext.benchmarks.mnist import permuted_mnist, split_mnist
+from avalanche_ext.benchmarks.toy_core50 import toy_core50
 
-__all__ = ["permuted_mnist", "split_cifar100", "split_digits", "split_mnist"]
+__all__ = [
+    "core50",
+    "permuted_mnist",
+    "split_cifar100",
+    "split_digits",
+    "split_mnist",
+    "toy_core50",
+    "write_core50_tree",
+]
