@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from avalanche_ext.recipes import RECIPES, Recipe
-from avalanche_ext.recipes.base import lookup
+from avalanche_ext.recipes.names import lookup
 
 __all__ = ["CATALOG", "Card", "find_card"]
 
@@ -178,6 +178,9 @@ CATALOG: dict[str, Card] = {
         Card("drl_ber", "DRL+BER", "discriminative representation loss with BER, the paper's own",
              "replay", _ours("DRLPlugin", "BERPlugin"),
              lambda recipe: [_drl(recipe), _ber(recipe)]),
+        Card("drl_shuffle_replay", "DRL+Shuffle", "discriminative representation loss with Shuffle",
+             "replay", _ours("DRLPlugin", "ShuffleReplayPlugin"),
+             lambda recipe: [_drl(recipe), _shuffle(recipe)]),
         Card("gem", "GEM", "Avalanche's gradient episodic memory", "replay", _plugin("GEMPlugin"),
              lambda recipe: [_gem(recipe)], ours=False),
         Card("agem", "A-GEM", "Avalanche's averaged GEM", "replay", _plugin("AGEMPlugin"),

@@ -46,6 +46,7 @@ COLUMNS: tuple[tuple[str, str, float, int], ...] = (
 # The same for what only some records hold.
 OPTIONAL_COLUMNS: tuple[tuple[str, str, float, int], ...] = (
     ("test_accuracy", "test accuracy %", 100, 1),
+    ("average_validation_accuracy", "average valid %", 100, 1),
     ("average_incremental_accuracy_samples", "incremental % (samples)", 100, 1),
     ("backward_transfer_gem", "BWT (GEM) %", 100, 1),
     ("backward_transfer_expandable_der", "BWT (ExpandableDER) %", 100, 1),
@@ -59,7 +60,7 @@ OPTIONAL_COLUMNS: tuple[tuple[str, str, float, int], ...] = (
 )
 
 ALL_COLUMNS = (
-    OPTIONAL_COLUMNS[:1] + COLUMNS[:3] + OPTIONAL_COLUMNS[1:7] + COLUMNS[3:] + OPTIONAL_COLUMNS[7:]
+    OPTIONAL_COLUMNS[:2] + COLUMNS[:3] + OPTIONAL_COLUMNS[2:8] + COLUMNS[3:] + OPTIONAL_COLUMNS[8:]
 )
 
 

@@ -20,6 +20,8 @@ from avalanche_ext.evaluation.accounting import (
     flops_per_sample,
 )
 from avalanche_ext.evaluation.accuracy_matrix import draw_accuracy_matrix, matrix_metrics
+from avalanche_ext.evaluation.challenge import average_validation_accuracy
+from avalanche_ext.evaluation.metrics.challenge import ChallengeMetrics
 from avalanche_ext.evaluation.metrics.device import accuracy_metrics, loss_metrics
 from avalanche_ext.evaluation.tables import COLUMNS, measured_fields
 from avalanche_ext.experiments.checkpoint import Checkpoints
@@ -174,6 +176,7 @@ def run_seed(
     logs = Logs(folder)
     title = f"{card.title}, seed {seed}"
     progress = Progress(title, len(benchmark.train_stream), recipe.epochs)
+    challenge = ChallengeMetrics()
     counter, classes = SampleCounter(), ClassCounter(recipe.benchmark.n_outputs)
     strategy = build_strategy(
         recipe,
@@ -181,6 +184,7 @@ def run_seed(
         evaluator=EvaluationPlugin(
             loss_metrics(epoch=True),
             accuracy_metrics(experience=True, stream=True),
+            *([] if watched is benchmark.test_stream else [challenge]),
             loggers=[logs.events, logs.board],
             strict_checks=False,
         ),
@@ -206,7 +210,12 @@ def run_seed(
     final = {}
     if watched is not benchmark.test_stream:
         values = _accuracies(strategy.eval(benchmark.test_stream), benchmark.test_stream.name)
-        final = {"test_accuracies": values, "test_accuracy": sum(values) / len(values)}
+        final = {
+            "test_accuracies": values,
+            "test_accuracy": sum(values) / len(values),
+            "average_validation_accuracy": average_validation_accuracy(matrix),
+            "challenge": challenge.result(),
+        }
     result = {
         "recipe": recipe.name,
         "method": recipe.method,
@@ -285,11 +294,12 @@ def watched_stream(benchmark: Any) -> Any:
 def summarise(homes: Iterable[Path], recipe: Recipe) -> dict[str, Any]:
     """One row of a table from the folders of a recipe's runs."""
     results = [json.loads((home / "result.json").read_text("utf-8")) for home in homes]
-    title = find_card(recipe.method).title
-    if getattr(recipe, "mode", "per_group") != "per_group":
+    title = recipe.title or find_card(recipe.method).title
+    if not recipe.title and getattr(recipe, "mode", "per_group") != "per_group":
         title += f" {recipe.mode}"  # type: ignore[attr-defined]
     # The rest is in each result.json, and in the report's table of all metrics.
-    shown = {"test_accuracy", *(c[0] for c in COLUMNS), *(p.quantity for p in recipe.published)}
+    challenge = ("test_accuracy", "average_validation_accuracy")
+    shown = {*challenge, *(c[0] for c in COLUMNS), *(p.quantity for p in recipe.published)}
     return {
         "title": title,
         "recipe": recipe.name,

@@ -18,7 +18,7 @@ __all__ = ["Run", "changed_settings", "protocol_of", "read_run", "with_all_metri
 
 # What names a recipe or says what it is held to; two recipes that differ in nothing else are one
 # protocol.
-_IDENTITY = {"name", "method", "seeds", "baselines", "source", "published"}
+_IDENTITY = {"name", "method", "title", "seeds", "baselines", "source", "published"}
 # Fields of methods' recipes that are nevertheless the protocol's.
 _SHARED = {"mem", "mem_scope"}
 _VERSIONS = ("avalanche_ext", "torch", "avalanche-lib")

@@ -6,16 +6,11 @@ A recipe is a frozen dataclass: one protocol, complete. Changing a field makes a
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
 from avalanche_ext.recipes.streams import BenchmarkSettings
 
-__all__ = ["Published", "Recipe", "lookup"]
-
-Item = TypeVar("Item")
+__all__ = ["Published", "Recipe"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +44,7 @@ class Recipe:
         order_seeds: Seeds of the order of the classes, one for each of ``seeds`` (one alone
             goes with all of them, and one of ``seeds`` with all of these); empty for the
             benchmark's own order.
+        title: Name of its row in tables; the method's by default.
         baselines: Recipes that run beside this one and share its table.
         source: Where the protocol comes from.
         published: The paper's figures; empty where none could be verified.
@@ -71,6 +67,7 @@ class Recipe:
     epochs: int = 1
     seeds: tuple[int, ...] = (0, 1, 2)
     order_seeds: tuple[int, ...] = ()
+    title: str = ""
     baselines: tuple[str, ...] = ()
     source: str = ""
     published: tuple[Published, ...] = ()
@@ -97,16 +94,3 @@ class Recipe:
             self, benchmark=self.benchmark.smoke(), epochs=1, seeds=self.seeds[:1],
             order_seeds=self.order_seeds[:1], published=(),
         )  # fmt: skip
-
-
-def lookup(kind: str, name: str, table: Mapping[str, Item]) -> Item:
-    """The entry of that name.
-
-    Raises:
-        ValueError: If there is none; near matches are listed.
-    """
-    if name in table:
-        return table[name]
-    near = difflib.get_close_matches(name, table, n=4, cutoff=0.4)
-    hint = f"Close: {', '.join(near)}. " if near else ""
-    raise ValueError(f"there is no {kind} {name!r}. {hint}'avalanche-ext list' shows them all.")

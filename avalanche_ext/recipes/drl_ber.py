@@ -58,11 +58,16 @@ _ROWS: dict[str, tuple[str, dict]] = {
     "drl": ("drl", {}),
     "drl_er": ("drl_er", {}),
     "drl_ber_balanced": ("drl_ber", {"mode": "balanced"}),
+    "drl_shuffle_replay": ("drl_shuffle_replay", {}),
     "drl_ber": ("drl_ber", {}),
     "gem": ("gem", {}),
     "agem": ("agem", {}),
     "joint": ("joint", {}),
 }
+
+
+# The rows that the small benchmarks' tables show beside DRL+BER.
+_TABLE = tuple(row for row in _ROWS if row not in ("drl_ber", "drl_shuffle_replay"))
 
 
 def _table(protocol: ReplayRecipe, benchmark: str, variant: str = "") -> dict[str, ReplayRecipe]:
@@ -75,7 +80,7 @@ def _table(protocol: ReplayRecipe, benchmark: str, variant: str = "") -> dict[st
 
     made = {}
     for row, (key, changes) in _ROWS.items():
-        rivals = tuple(name(r) for r in _ROWS if r != "drl_ber") if row == "drl_ber" else ()
+        rivals = tuple(name(r) for r in _TABLE) if row == "drl_ber" else ()
         made[name(row)] = dataclasses.replace(
             protocol, name=name(row), method=key, baselines=rivals, **changes
         )

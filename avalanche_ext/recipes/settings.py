@@ -14,13 +14,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from avalanche_ext.recipes.base import Recipe, lookup
+from avalanche_ext.recipes.base import Recipe
+from avalanche_ext.recipes.names import lookup
 from avalanche_ext.recipes.streams import BENCHMARKS
 
 __all__ = ["completed", "from_settings", "is_file", "read_settings", "to_json", "with_settings"]
 
 # What a file says about itself, not about its baselines.
-_OWN = ("like", "name", "method", "baselines", "source", "published")
+_OWN = ("like", "name", "method", "title", "baselines", "source", "published")
 
 
 def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
@@ -138,6 +139,10 @@ def _set(target: Any, path: list[str], value: Any, full: str) -> Any:
             f"{type(target).__name__} has no field {full!r}. "
             f"{'Close: ' + ', '.join(near) + '. ' if near else ''}Fields: {', '.join(names)}."
         )
+    if not next(f for f in dataclasses.fields(target) if f.name == head).init:
+        if value == getattr(target, head):  # as a run's own record says
+            return target
+        raise ValueError(f"field {full!r} follows from the other fields and cannot be set.")
     if rest:
         inner = getattr(target, head)
         if not dataclasses.is_dataclass(inner):

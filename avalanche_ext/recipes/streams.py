@@ -6,13 +6,17 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from avalanche_ext.recipes.names import lookup
+
 __all__ = [
     "BENCHMARKS",
     "BenchmarkSettings",
+    "CORe50Track",
     "PermutedMNIST",
     "SplitCIFAR100",
     "SplitDigits",
     "SplitMNIST",
+    "ToyCORe50",
 ]
 
 
@@ -183,6 +187,107 @@ class PermutedMNIST(BenchmarkSettings):
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class CORe50Track(BenchmarkSettings):
+    """``benchmarks.core50``: a track of the CLVision challenge; ``order_seed`` is CORe50's run.
+
+    Args:
+        n_experiences: Follows from ``track`` and ``validation``.
+        train_per_experience: Random training images to keep of each experience.
+        validation: Test on two held-out training sessions.
+        track: ``"ni"``, ``"nc"`` or ``"nic"``.
+        mini: The images of 32 x 32.
+        root: CORe50's folder; Avalanche's default by default.
+        download: Fetch what is absent.
+    """
+
+    n_experiences: int = dataclasses.field(init=False, default=8)
+    track: str = "ni"
+    mini: bool = False
+    root: str | None = None
+    download: bool = False
+
+    def __post_init__(self) -> None:
+        held_out = {"ni": 6, "nc": 9, "nic": 291}
+        lengths = held_out if self.validation else {"ni": 8, "nc": 9, "nic": 391}
+        object.__setattr__(self, "n_experiences", lookup("track", self.track, lengths))
+
+    @property
+    def in_shape(self) -> tuple[int, ...]:
+        """Shape of one image."""
+        return (3, 32, 32) if self.mini else (3, 128, 128)
+
+    @property
+    def n_outputs(self) -> int:
+        """Units of the head."""
+        return 50
+
+    def build(self, seed: int, order_seed: int | None = None) -> Any:
+        """See ``BenchmarkSettings``."""
+        from avalanche_ext.benchmarks import core50
+
+        return core50(
+            self.track, run=order_seed or 0, mini=self.mini, validation=self.validation,
+            train_per_experience=self.train_per_experience, seed=seed, root=self.root,
+            download=self.download,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyCORe50(BenchmarkSettings):
+    """``benchmarks.toy_core50``: the same tracks rendered, nothing to download.
+
+    Every seed of a run sees the same objects and rooms.
+
+    Args:
+        n_experiences: Follows from ``track`` and ``objects``.
+        train_per_experience: Random training images to keep of each experience.
+        validation: Test on three sessions that are in neither stream.
+        track: ``"ni"``, ``"nc"`` or ``"nic"``.
+        objects: 10, 15, ... 50.
+        frames: Frames of one object in one session.
+        size: Height and width of the images.
+        data_seed: Seed of the objects and rooms.
+    """
+
+    n_experiences: int = dataclasses.field(init=False, default=8)
+    track: str = "ni"
+    objects: int = 50
+    frames: int = 20
+    size: int = 24
+    data_seed: int = 0
+
+    def __post_init__(self) -> None:
+        lengths = {"ni": 8, "nc": 1 + (self.objects - 10) // 5, "nic": 8 * self.objects - 9}
+        object.__setattr__(self, "n_experiences", lookup("track", self.track, lengths))
+
+    @property
+    def in_shape(self) -> tuple[int, ...]:
+        """Shape of one image."""
+        return (3, self.size, self.size)
+
+    @property
+    def n_outputs(self) -> int:
+        """Units of the head."""
+        return self.objects
+
+    def build(self, seed: int, order_seed: int | None = None) -> Any:
+        """See ``BenchmarkSettings``."""
+        from avalanche_ext.benchmarks import toy_core50
+
+        return toy_core50(
+            self.track, objects=self.objects, frames=self.frames, size=self.size,
+            train_per_experience=self.train_per_experience, validation=self.validation,
+            seed=self.data_seed, order_seed=order_seed,
+        )  # fmt: skip
+
+    def smoke(self) -> BenchmarkSettings:
+        """Twenty objects (ten in the long stream), two frames each."""
+        objects = 10 if self.track == "nic" else 20
+        return dataclasses.replace(self, objects=objects, frames=2, size=16)
+
+
 BENCHMARKS: dict[str, type[BenchmarkSettings]] = {
-    kind.__name__: kind for kind in (SplitDigits, SplitMNIST, SplitCIFAR100, PermutedMNIST)
+    kind.__name__: kind
+    for kind in (SplitDigits, SplitMNIST, SplitCIFAR100, PermutedMNIST, CORe50Track, ToyCORe50)
 }

@@ -107,7 +107,7 @@ def test_composes_with_avalanches_plugins_in_either_order(key, stock):
     recipe = smoke(key)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if (key, stock) == ("shuffle_replay", "replay"):
+        if key.endswith("shuffle_replay") and stock == "replay":
             # Both want to say what an epoch of the current data is; that is refused, not guessed.
             for place in ({"plugins": [STOCK[stock]()]}, {"before": [STOCK[stock]()]}):
                 with pytest.raises(ValueError, match="ReplayDataLoader"):

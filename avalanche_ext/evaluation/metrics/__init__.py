@@ -1,5 +1,6 @@
 """Avalanche metrics."""
 
+from avalanche_ext.evaluation.metrics.challenge import ChallengeMetrics
 from avalanche_ext.evaluation.metrics.gradient_diversity import (
     GradientDiversity,
     SimilarityReport,
@@ -10,6 +11,7 @@ from avalanche_ext.evaluation.metrics.resources import ResourceMetrics
 
 __all__ = [
     "AccuracyMatrixMetrics",
+    "ChallengeMetrics",
     "GradientDiversity",
     "ResourceMetrics",
     "SimilarityReport",

@@ -1,0 +1,131 @@
+"""The seven raw numbers of the CLVision challenge as one Avalanche metric.
+
+| emitted as | meaning |
+|---|---|
+| ``ChallengeAverageValidationAccuracy`` | over experiences and all tasks, see ``evaluation.challenge`` |
+| ``ChallengeTestAccuracy`` | mean over test experiences at the last evaluation of the test stream |
+| ``ChallengeMinutes`` | of training and validation, without evaluations of the test stream |
+| ``ChallengeMeanRAM``, ``ChallengeMaxRAM`` | resident memory of the process in MB of 2^20 bytes, sampled behind every epoch |
+| ``ChallengeMeanDisk``, ``ChallengeMaxDisk`` | size of the external memory's folder, likewise |
+"""  # noqa: E501 - a table
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from avalanche.evaluation.metric_definitions import PluginMetric
+from avalanche.evaluation.metric_results import MetricValue
+from avalanche.evaluation.metric_utils import get_metric_name
+
+from avalanche_ext.evaluation.challenge import average_validation_accuracy
+from avalanche_ext.evaluation.metrics.device import DeviceAccuracy
+
+__all__ = ["ChallengeMetrics"]
+
+_MB = 2**20
+
+
+class ChallengeMetrics(PluginMetric[dict]):
+    """Emits the challenge's numbers after each evaluation of the validation or the test stream.
+
+    Args:
+        valid: Name of the stream that is evaluated after every experience.
+        disk: Folder of the external memory; without one its size is 0.
+
+    Of several evaluations behind one experience the last counts. Numbers of the test stream are
+    left out until it was evaluated.
+    """
+
+    def __init__(self, *, valid: str = "valid", disk: str | Path | None = None) -> None:
+        super().__init__()
+        self.valid = valid
+        self.disk = None if disk is None else str(disk)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._trained = 0
+        self._validation: dict[int, list[float]] = {}
+        self._test: list[float] = []
+        self._row: list[float] = []
+        self._accuracy = DeviceAccuracy()
+        self._seconds = 0.0
+        self._since = 0.0
+        self._ram: list[float] = []
+        self._folder: list[float] = []
+
+    def result(self) -> dict[str, float]:
+        """The numbers so far; those that are not defined yet are left out."""
+        values = {"ChallengeMinutes": self._seconds / 60}
+        rows = [self._validation[k] for k in sorted(self._validation) if k]
+        if rows and len(rows) == self._trained and len(rows[0]) in (1, len(rows)):
+            values["ChallengeAverageValidationAccuracy"] = average_validation_accuracy(rows)
+        if self._test:
+            values["ChallengeTestAccuracy"] = sum(self._test) / len(self._test)
+        for name, samples in (("RAM", self._ram), ("Disk", self._folder)):
+            if samples:
+                values[f"ChallengeMean{name}"] = sum(samples) / len(samples)
+                values[f"ChallengeMax{name}"] = max(samples)
+        return values
+
+    def before_training_exp(self, strategy: Any) -> None:
+        """Count the experience, start the clock."""
+        self._trained += 1
+        self._since = time.perf_counter()
+
+    def after_training_epoch(self, strategy: Any) -> None:
+        """Sample memory and disk."""
+        import psutil
+
+        self._ram.append(psutil.Process().memory_info().rss / _MB)
+        self._folder.append(_size(self.disk) / _MB)
+
+    def after_training_exp(self, strategy: Any) -> None:
+        """Stop the clock."""
+        self._seconds += time.perf_counter() - self._since
+
+    def before_eval(self, strategy: Any) -> None:
+        """Begin a row."""
+        self._row = []
+        self._since = time.perf_counter()
+
+    def before_eval_exp(self, strategy: Any) -> None:
+        """Begin an experience."""
+        self._accuracy.reset()
+
+    def after_eval_iteration(self, strategy: Any) -> None:
+        """Count a mini-batch."""
+        self._accuracy.update(strategy.mb_output, strategy.mb_y)
+
+    def after_eval_exp(self, strategy: Any) -> None:
+        """Note the experience's accuracy."""
+        self._row.append(self._accuracy.result())
+
+    def after_eval(self, strategy: Any) -> list[MetricValue] | None:
+        """Keep the stream's accuracies and emit what is defined."""
+        stream = strategy.experience.origin_stream.name
+        if stream == self.valid:
+            self._validation[self._trained] = self._row
+            if not strategy.is_training:
+                self._seconds += time.perf_counter() - self._since
+        elif stream == "test":
+            self._test = self._row
+        else:
+            return None
+        return [
+            MetricValue(
+                self,
+                get_metric_name(name, strategy, add_task=False),
+                value,
+                strategy.clock.train_iterations,
+            )
+            for name, value in self.result().items()
+        ]
+
+
+def _size(folder: str | None) -> int:
+    if folder is None:
+        return 0
+    return sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file())

@@ -1,0 +1,395 @@
+r"""Local neural inhibition: units of one layer that are active together inhibit each other.
+
+Reference:
+    Aljundi, Rohrbach, Tuytelaars (2018), Selfless Sequential Learning, NeurIPS workshop on
+    continual learning, Eqs. 2 to 6.
+
+Notation: ``h_i^m`` is the activation of unit ``i`` for sample ``m``, ``N`` the width of the layer,
+``alpha_i >= 0`` the importance of unit ``i`` to earlier experiences, ``sigma`` the reach of
+inhibition in units. With the symmetric weights ``W`` (zero diagonal) the regulariser is the
+quadratic form ``tr(H W H^T) / B``, so all that a faster evaluation has to do is to multiply by
+``W``: as a matrix, by Fourier transforms, or as a matrix of low rank less its diagonal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "FORMS",
+    "DenseInhibition",
+    "FourierInhibition",
+    "InhibitionForm",
+    "LowRankInhibition",
+    "Operator",
+    "inhibition_loss",
+    "inhibition_operator",
+    "neuron_sensitivity",
+]
+
+Combine = Literal["product", "min"]
+Method = Literal["auto", "dense", "fft", "low_rank"]
+Reduction = Literal["paper", "pair_mean"]
+Signed = Literal["error", "product", "abs_moment"]
+
+# Up to this width one product with W itself takes the least time; tests/perf/inhibition.py.
+_DENSE_MAX_WIDTH = 512
+# A higher rank costs more than the Fourier transforms do.
+_MAX_RANK = 64
+
+
+class InhibitionForm(NamedTuple):
+    """Which of the four regularisers, and how it is evaluated (see ``inhibition_loss``)."""
+
+    local: bool
+    discount: bool
+    combine: Combine = "product"
+    reduction: Reduction = "paper"
+    signed: Signed = "error"
+    method: Method = "auto"
+
+
+FORMS: dict[str, InhibitionForm] = {
+    "sni": InhibitionForm(local=False, discount=False),  # Eq. 2
+    "slni": InhibitionForm(local=True, discount=False),  # Eq. 4
+    "snid": InhibitionForm(local=False, discount=True),
+    "slnid": InhibitionForm(local=True, discount=True),  # Eq. 6, there called SLNI as well
+    "released": InhibitionForm(local=True, discount=True, combine="min"),  # the authors' code
+}
+
+
+class DenseInhibition(NamedTuple):
+    """``W`` itself: ``O(B N^2)`` time, ``O(N^2)`` memory."""
+
+    weights: Tensor
+
+    def apply(self, h: Tensor) -> Tensor:
+        """``H W``."""
+        return h @ self.weights
+
+
+class FourierInhibition(NamedTuple):
+    """``W`` as a convolution between two discounts: ``O(B N log N)`` time, exact."""
+
+    spectrum: Tensor
+    discount: Tensor | None
+    length: int  # no shorter than 2 N - 1, so that nothing wraps around
+
+    def apply(self, h: Tensor) -> Tensor:
+        """``H W``."""
+        rows = h if self.discount is None else h * self.discount
+        spectrum = torch.fft.rfft(rows, n=self.length) * self.spectrum
+        product = torch.fft.irfft(spectrum, n=self.length)[:, : h.shape[1]]
+        return product.contiguous() if self.discount is None else product * self.discount
+
+
+class LowRankInhibition(NamedTuple):
+    r"""``W`` as :math:`\Phi \Phi^\top` less its diagonal: ``O(B N r)`` time, ``O(N r)`` memory."""
+
+    factor: Tensor
+    diagonal: Tensor
+
+    def apply(self, h: Tensor) -> Tensor:
+        """``H W``."""
+        product = (h @ self.factor) @ self.factor.T
+        return product.addcmul_(h, self.diagonal, value=-1)
+
+
+Operator = DenseInhibition | FourierInhibition | LowRankInhibition
+
+
+def inhibition_loss(
+    h: Tensor,
+    sigma: float | None = None,
+    importance: Tensor | None = None,
+    *,
+    combine: Combine = "product",
+    reduction: Reduction = "paper",
+    signed: Signed = "error",
+    method: Method = "auto",
+    operator: Operator | None = None,
+) -> Tensor:
+    r"""Sparse coding through local neural inhibition, of one layer and one batch.
+
+    .. math::
+        R(H) = \frac{1}{B} \sum_{i \ne j} e^{-(\alpha_i + \alpha_j)}\,
+               e^{-(i-j)^2 / 2\sigma^2} \sum_m h_i^m h_j^m
+
+    over ordered pairs: each pair of units counts twice. Without ``sigma`` the Gaussian is 1
+    (Eq. 2), without ``importance`` the discount is (Eq. 4); with both it is Eq. 6. The gradient is
+    :math:`\partial R / \partial H = (2/B)\, H W`; Eq. 3 as printed lacks the factor 2.
+
+    Args:
+        h: Activations of one layer.
+        sigma: Reach of inhibition in units, > 0; ``None`` for every pair alike. Paper: ``N / 6``.
+        importance: ``alpha``, >= 0 for each unit; infinity takes a unit out.
+        combine: Discount of a pair: ``"product"`` (Eq. 6) or ``"min"`` of the two units' (the
+            released code; dense only).
+        reduction: ``"paper"`` divides by ``B``; ``"pair_mean"`` by ``B N (N - 1)``, so that one
+            weight suits layers of any width.
+        signed: For negative activations: ``"error"`` refuses them; ``"product"`` takes the formula
+            as it stands, which then rewards opposite signs and has no lower bound;
+            ``"abs_moment"`` takes the absolute value of each pair's batch moment, as the released
+            code does (dense only).
+        method: ``"dense"``, ``"fft"``, ``"low_rank"``, or ``"auto"``, the fastest for the width.
+        operator: ``W`` from ``inhibition_operator``, instead of building it for each call; then
+            ``sigma``, ``importance``, ``combine`` and ``method`` are the operator's.
+
+    Shapes:
+        h ``(B, N)``, importance ``(N,)``, result ``()``.
+
+    Returns:
+        The value in float32 (float64 for float64 input), also under autocast: sums over pairs
+        overflow half precision. An exact 0 for one unit.
+
+    Raises:
+        ValueError: For a shape or an argument out of range, or negative activations.
+
+    References:
+        Aljundi et al. (2018), Eqs. 2, 4 and 6.
+    """
+    if h.ndim != 2 or 0 in h.shape:
+        raise ValueError(f"inhibition expects activations (B, N), B, N >= 1; got {tuple(h.shape)}.")
+    _check_choice("reduction", reduction, ("paper", "pair_mean"))
+    _check_choice("signed", signed, ("error", "product", "abs_moment"))
+    h = h if h.dtype == torch.float64 else h.float()
+    if signed == "error" and bool((h.detach().amin() < 0)):
+        raise ValueError(
+            f"inhibition expects activations >= 0 (behind a ReLU); got {float(h.amin()):.3g}. "
+            f'Choose such layers, or signed="abs_moment" for tanh, maxout or winner-take-all units.'
+        )
+    with torch.autocast(h.device.type, enabled=False):
+        if operator is None:
+            if signed == "abs_moment" and method == "auto":
+                method = "dense"
+            operator = inhibition_operator(
+                h.shape[1], sigma, importance, combine=combine, method=method, like=h
+            )
+        elif sigma is not None or importance is not None:
+            raise ValueError("inhibition expects sigma and importance, or an operator; got both.")
+        if signed == "abs_moment":
+            operator = _with_signs_of_moments(h.detach(), operator)
+        pairs = max(1, h.shape[1] * (h.shape[1] - 1)) if reduction == "pair_mean" else 1
+        value = _Quadratic.apply(h, operator, 1.0 / (len(h) * pairs))
+    assert isinstance(value, Tensor)
+    return value
+
+
+def inhibition_operator(
+    width: int,
+    sigma: float | None = None,
+    importance: Tensor | None = None,
+    *,
+    combine: Combine = "product",
+    method: Method = "auto",
+    like: Tensor | None = None,
+) -> Operator:
+    r"""The weights ``W`` of a layer's pairs, in the form that multiplies fastest.
+
+    :math:`W_{ij} = s_{ij} e^{-(i-j)^2 / 2\sigma^2}` with :math:`s_{ij} = e^{-\alpha_i} e^{-\alpha_j}`
+    or the smaller of the two factors, and :math:`W_{ii} = 0`. Without locality ``W`` has rank one
+    less a diagonal, and every form but ``"min"`` uses that. A Gaussian of reach ``N/6`` has rank 16
+    at float32's precision, whatever ``N`` (pivoted Cholesky; the residual of an entry is at most
+    1e-7, so :math:`|R - R_r| \le 10^{-7} \sum_m \|h^m\|_1^2 / B`; 1e-13 in float64).
+
+    Args:
+        width: ``N``.
+        sigma: See ``inhibition_loss``.
+        importance: See ``inhibition_loss``.
+        combine: See ``inhibition_loss``.
+        method: ``"auto"``: dense up to 512 units and for ``combine="min"``; beyond, low rank while
+            the rank is at most 64 and a sixteenth of the width; otherwise Fourier transforms.
+        like: A tensor whose type and device the operator takes; float32 on the CPU by default.
+
+    Raises:
+        ValueError: For an argument out of range, or a method that cannot express it.
+    """
+    discount = _check(width, sigma, importance, combine, method)
+    target = torch.empty(0) if like is None else like
+    precise = target.dtype == torch.float64
+    if method == "auto":
+        method = _fastest(width, sigma, combine)
+    if combine == "min" and discount is not None and method != "dense":
+        raise ValueError(f'combine="min" does not separate: it needs method="dense"; got {method!r}.')
+    if method == "low_rank":
+        limit = width if precise else min(width, _MAX_RANK)
+        factor = _factor(width, sigma, 1e-13 if precise else 1e-7, limit)
+        if factor is not None:
+            factor = factor if discount is None else factor * discount[:, None]
+            diagonal = factor.square().sum(1)
+            return LowRankInhibition(factor.to(target), diagonal.to(target))
+        method = "fft"  # exact as well; the rank is only known once it has been looked for
+    kernel = _kernel(width, sigma)
+    kernel[0] = 0  # no unit inhibits itself
+    if method == "fft":
+        length = _smooth(2 * width - 1)
+        around = torch.cat([kernel, kernel.new_zeros(length - 2 * width + 1), kernel[1:].flip(0)])
+        spectrum = torch.fft.rfft(around).real
+        return FourierInhibition(
+            spectrum.to(target), None if discount is None else discount.to(target), length
+        )
+    weights = _toeplitz(kernel.to(target))
+    if discount is not None:
+        y = discount.to(target)
+        pairs = torch.minimum(y[:, None], y) if combine == "min" else y[:, None] * y
+        weights = weights * pairs
+    return DenseInhibition(weights)
+
+
+def neuron_sensitivity(
+    objective: Tensor, activations: Sequence[Tensor], *, at: str = "pre"
+) -> list[Tensor]:
+    r"""Sum over samples of the magnitude of an objective's gradient at each unit.
+
+    .. math:: n\, \alpha_i = \sum_m \Big| \frac{\partial \mathcal{L}_m}{\partial n_i^m} \Big|
+
+    Samples must not interact (evaluation mode), so one backward pass of the sum of all samples'
+    objectives gives each sample's own gradient. The graph is freed.
+
+    Args:
+        objective: :math:`\sum_m \mathcal{L}_m`, a sum over the batch, not a mean.
+        activations: Outputs of layers that the objective was computed from. Of a feature map the
+            gradients over its positions are added up: the unit is the channel.
+        at: ``"pre"``: at the input of the ReLU, as the released code has it: an inactive unit
+            counts 0. ``"post"``: at its output.
+
+    Shapes:
+        objective ``()``, activations ``(B, N)`` or ``(B, N, H, W)``, results ``(N,)`` each.
+
+    Raises:
+        ValueError: For an unknown ``at`` or another shape.
+
+    References:
+        Aljundi et al. (2018), Eq. 5.
+    """
+    _check_choice("at", at, ("pre", "post"))
+    for h in activations:
+        if h.ndim not in (2, 4):
+            raise ValueError(f"sensitivity expects (B, N) or (B, N, H, W); got {tuple(h.shape)}.")
+    gradients = torch.autograd.grad(objective, list(activations), allow_unused=True)
+    sums = []
+    for h, gradient in zip(activations, gradients, strict=True):
+        if gradient is None:
+            sums.append(h.new_zeros(h.shape[1], dtype=torch.float64))
+            continue
+        if at == "pre":
+            gradient = gradient * (h.detach() > 0)
+        gradient = gradient.flatten(2).sum(2) if gradient.ndim == 4 else gradient
+        sums.append(gradient.abs().sum(0, dtype=torch.float64))
+    return sums
+
+
+class _Quadratic(torch.autograd.Function):
+    """``scale <H, H W>``: the product of the forward pass is the gradient of the backward pass."""
+
+    @staticmethod
+    def forward(ctx, h: Tensor, operator: Operator, scale: float) -> Tensor:
+        product = operator.apply(h)
+        ctx.save_for_backward(h, product)
+        ctx.operator, ctx.scale = operator, scale
+        rows = torch.einsum("bn,bn->b", product, h)  # added up in float64: rows may cancel
+        return (rows.double().sum() * scale).to(h.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        h, product = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for a second derivative autograd has to see the product grow
+            with torch.autocast(h.device.type, enabled=False):
+                product = ctx.operator.apply(h)
+        return product * (2 * ctx.scale * grad), None, None
+
+
+def _with_signs_of_moments(h: Tensor, operator: Operator) -> DenseInhibition:
+    """``W`` with the sign of each pair's batch moment, so that its quadratic form is positive."""
+    if not isinstance(operator, DenseInhibition):
+        raise ValueError(
+            f'signed="abs_moment" needs every pair by itself: method="dense"; got '
+            f"{type(operator).__name__}."
+        )
+    return DenseInhibition(operator.weights * (h.T @ h).sign())
+
+
+def _check(
+    width: int, sigma: float | None, importance: Tensor | None, combine: str, method: str
+) -> Tensor | None:
+    """The discount of each unit in float64, once all arguments are in range."""
+    if width < 1:
+        raise ValueError(f"inhibition expects a width >= 1; got {width}.")
+    if sigma is not None and not 0 < sigma < math.inf:
+        raise ValueError(
+            f"inhibition expects a finite sigma > 0 in units, or None for every pair alike; got "
+            f"{sigma}."
+        )
+    _check_choice("combine", combine, ("product", "min"))
+    _check_choice("method", method, ("auto", "dense", "fft", "low_rank"))
+    if importance is None:
+        return None
+    if importance.shape != (width,):
+        raise ValueError(
+            f"inhibition expects importance of shape ({width},), one value for each unit; got "
+            f"{tuple(importance.shape)}."
+        )
+    if not bool((importance >= 0).all()):
+        raise ValueError("inhibition expects importance >= 0 for each unit; got less, or NaN.")
+    return torch.exp(-importance.detach().double())
+
+
+def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"inhibition expects {name} to be one of {list(allowed)}; got {value!r}.")
+
+
+def _fastest(width: int, sigma: float | None, combine: str) -> Method:
+    if combine == "min":
+        return "dense"
+    if sigma is None:
+        return "low_rank"
+    if width <= _DENSE_MAX_WIDTH:
+        return "dense"
+    rank = 2 * width / sigma  # about what float32's precision takes
+    return "low_rank" if rank <= min(_MAX_RANK, width / 16) else "fft"
+
+
+def _kernel(width: int, sigma: float | None) -> Tensor:
+    """Inhibition by distance, in float64."""
+    distance = torch.arange(width, dtype=torch.float64)
+    return torch.ones_like(distance) if sigma is None else torch.exp(-0.5 * (distance / sigma) ** 2)
+
+
+def _toeplitz(kernel: Tensor) -> Tensor:
+    return torch.cat([kernel.flip(0), kernel[1:]]).unfold(0, len(kernel), 1).flip(0).contiguous()
+
+
+def _factor(width: int, sigma: float | None, tolerance: float, max_rank: int) -> Tensor | None:
+    r"""Columns of :math:`\Phi` by pivoted Cholesky; ``None`` if ``max_rank`` of them do not do."""
+    kernel = _kernel(width, sigma)
+    around = torch.cat([kernel.flip(0), kernel[1:]])
+    factor = kernel.new_zeros(width, max_rank)
+    residual = torch.ones_like(kernel)
+    for k in range(max_rank):
+        pivot = int(residual.argmax())
+        if residual[pivot] <= tolerance:
+            return factor[:, :k]
+        column = around[width - 1 - pivot : 2 * width - 1 - pivot]
+        column = column - factor[:, :k] @ factor[pivot, :k]
+        factor[:, k] = column / residual[pivot].sqrt()
+        residual = residual - factor[:, k].square()
+    return factor if float(residual.max()) <= tolerance else None
+
+
+def _smooth(least: int) -> int:
+    """The next length with no prime factor but 2, 3 and 5: fast to transform."""
+    length = least
+    while True:
+        rest = length
+        for prime in (2, 3, 5):
+            while rest % prime == 0:
+                rest //= prime
+        if rest == 1:
+            return length
+        length += 1

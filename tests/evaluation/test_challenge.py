@@ -1,0 +1,110 @@
+"""The challenge's scores against numbers worked by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from avalanche.training.plugins import EvaluationPlugin
+from avalanche.training.supervised import Naive
+from torch import nn
+
+from avalanche_ext.benchmarks import toy_core50
+from avalanche_ext.evaluation.challenge import (
+    CHALLENGE_WEIGHTS,
+    average_validation_accuracy,
+    average_validation_accuracy_seen,
+    cl_score,
+)
+from avalanche_ext.evaluation.metrics import ChallengeMetrics
+
+
+def test_perfect_on_what_was_seen_gives_five_ninths():
+    perfect = [[1.0 if j <= i else 0.0 for j in range(9)] for i in range(9)]
+    assert average_validation_accuracy(perfect) == pytest.approx(5 / 9)
+    assert average_validation_accuracy_seen(perfect) == 1.0
+
+
+def test_by_hand():
+    matrix = [[0.9, 0.1], [0.5, 0.7]]
+    assert average_validation_accuracy(matrix) == pytest.approx(0.55)
+    assert average_validation_accuracy_seen(matrix) == pytest.approx(0.75)
+    single = [[0.2], [0.4], [0.9]]
+    assert average_validation_accuracy(single) == pytest.approx(0.5)
+    assert average_validation_accuracy_seen(single) == pytest.approx(0.5)
+    assert math.isnan(average_validation_accuracy([[0.9], [0.5, 0.7]]))
+
+
+def test_the_score_is_the_weighted_sum():
+    assert cl_score({"a": 0.5, "b": 1.0}, {"a": 0.4, "b": 0.6}) == pytest.approx(0.8)
+    assert sum(CHALLENGE_WEIGHTS.values()) == pytest.approx(0.8)  # as announced, not 1
+    total = {name: w / 0.8 for name, w in CHALLENGE_WEIGHTS.items()}
+    assert cl_score(dict.fromkeys(total, 1.0), total) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("values", "weights", "text"),
+    [
+        ({"a": 1.0}, {"b": 1.0}, "one weight per criterion"),
+        ({"a": 1.2}, {"a": 1.0}, r"\[0, 1\], 1 the best; got {'a': 1.2}"),
+        ({"a": math.nan}, {"a": 1.0}, r"\[0, 1\]"),
+        ({"a": 1.0}, {"a": 0.8}, r"sum to 1; got .* sum to 0\.8"),
+        ({"a": 1.0, "b": 1.0}, {"a": 1.5, "b": -0.5}, "not negative"),
+        (dict.fromkeys(CHALLENGE_WEIGHTS, 1.0), CHALLENGE_WEIGHTS, r"sum to 0\.8"),
+    ],
+)
+def test_wrong_scores(values, weights, text):
+    with pytest.raises(ValueError, match=text):
+        cl_score(values, weights)
+
+
+class Constant(nn.Module):
+    """Answers one class, whatever it sees."""
+
+    def __init__(self, label: int) -> None:
+        super().__init__()
+        self.label, self.weight = label, nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        return nn.functional.one_hot(torch.full((len(x),), self.label), 10).float() + self.weight
+
+
+@pytest.mark.parametrize(("track", "shares"), [("ni", [0.1] * 8), ("nc", [0.1])])
+def test_metrics_of_a_network_that_answers_one_class(track, shares, tmp_path):
+    benchmark = toy_core50(track, objects=10, frames=20, size=8)
+    metrics = ChallengeMetrics(disk=tmp_path)
+    model = Constant(4)
+    strategy = Naive(
+        model=model, optimizer=torch.optim.SGD(model.parameters(), 0.0), train_mb_size=500,
+        train_epochs=2, evaluator=EvaluationPlugin(metrics, strict_checks=False),
+    )  # fmt: skip
+    (tmp_path / "memory").write_bytes(b"x" * 2**19)
+    for experience in benchmark.train_stream:
+        strategy.train(experience)
+        strategy.eval(benchmark.valid_stream)
+        assert "ChallengeTestAccuracy" not in metrics.result()
+    before = metrics.result()["ChallengeMinutes"]
+    named = strategy.eval(benchmark.test_stream)
+    values = metrics.result()
+    assert values["ChallengeMinutes"] == before > 0
+    assert values["ChallengeAverageValidationAccuracy"] == pytest.approx(sum(shares) / len(shares))
+    assert values["ChallengeTestAccuracy"] == pytest.approx(0.1)
+    assert values["ChallengeMeanDisk"] == values["ChallengeMaxDisk"] == 0.5
+    assert 50 < values["ChallengeMeanRAM"] <= values["ChallengeMaxRAM"] < 50_000
+    assert named["ChallengeTestAccuracy/eval_phase/test_stream"] == pytest.approx(0.1)
+    assert len(metrics._ram) == 2 * len(benchmark.train_stream)
+
+
+def test_a_missing_evaluation_leaves_the_average_out():
+    benchmark = toy_core50("ni", objects=10, train_sessions=2, frames=20, size=8)
+    metrics, model = ChallengeMetrics(), Constant(0)
+    strategy = Naive(
+        model=model, optimizer=torch.optim.SGD(model.parameters(), 0.0), train_mb_size=500,
+        evaluator=EvaluationPlugin(metrics, strict_checks=False),
+    )  # fmt: skip
+    strategy.train(benchmark.train_stream[0])
+    strategy.train(benchmark.train_stream[1])
+    strategy.eval(benchmark.valid_stream)
+    assert "ChallengeAverageValidationAccuracy" not in metrics.result()
+    assert metrics.result()["ChallengeMaxDisk"] == 0
