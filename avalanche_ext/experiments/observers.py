@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,38 +67,71 @@ class Logs:
 
 
 class Progress(SupervisedPlugin):
-    """A progress bar over the epochs of all experiences.
+    """A progress bar over the current samples of all epochs and experiences.
+
+    It shows the experience, the epoch, samples per second (of the experience itself, not replayed
+    ones) and the time left. Drawn on a terminal only.
 
     Args:
         title: Text in front of the bar.
-        n_experiences: Length of the stream.
+        sizes: Training samples of each experience.
         epochs: Epochs per experience.
-
-    Drawn on a terminal only.
+        file: Where to draw; standard error by default.
+        shown: Whether to draw; by default if ``file`` is a terminal.
     """
 
-    def __init__(self, title: str, n_experiences: int, epochs: int) -> None:
+    def __init__(
+        self,
+        title: str,
+        sizes: Sequence[int],
+        epochs: int,
+        *,
+        file: Any = None,
+        shown: bool | None = None,
+    ) -> None:
         super().__init__()
-        self.n_experiences = n_experiences
-        total = n_experiences * epochs
-        self._bar = tqdm(total=total, desc=title, unit="epoch", leave=False, disable=None)
+        self.sizes, self.epochs = list(sizes), epochs
+        self._begun, self._steps, self._step = 0, 1, 0
+        self._bar = tqdm(
+            total=sum(self.sizes) * epochs, desc=title, unit=" samples", unit_scale=True,
+            leave=False, file=file, disable=None if shown is None else not shown,
+        )  # fmt: skip
 
-    def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        """Name the experience."""
-        done = strategy.clock.train_exp_counter
-        self._bar.set_postfix_str(f"experience {done + 1}/{self.n_experiences}")
+    def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
+        """Name the experience and the epoch."""
+        k, epoch = strategy.clock.train_exp_counter, strategy.clock.train_exp_epochs
+        self._begun = (sum(self.sizes[:k]) * self.epochs) + self.sizes[k] * epoch
+        self._steps = max(1, len(strategy.dataloader))
+        self._step = 0
+        self._bar.set_postfix_str(
+            f"experience {k + 1}/{len(self.sizes)}, epoch {epoch + 1}/{self.epochs}", refresh=False
+        )
+        self._move(self._begun)
+
+    def after_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
+        """Advance by the step's share of the epoch."""
+        if self._bar.disable:
+            return
+        self._step += 1
+        k = strategy.clock.train_exp_counter
+        share = min(1.0, self._step / self._steps)
+        self._move(self._begun + round(share * self.sizes[k]))
 
     def after_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
-        """Advance."""
-        self._bar.update()
+        """Advance to the end of the epoch."""
+        self._move(self._begun + self.sizes[strategy.clock.train_exp_counter])
 
-    def skip(self, epochs: int) -> None:
-        """Epochs of an earlier process."""
-        self._bar.update(epochs)
+    def skip(self, experiences: int) -> None:
+        """Begin behind the experiences of an earlier process, which do not count as progress."""
+        self._bar.initial = self._bar.n = sum(self.sizes[:experiences]) * self.epochs
+        self._bar.refresh()
 
     def close(self) -> None:
         """Remove the bar."""
         self._bar.close()
+
+    def _move(self, to: int) -> None:
+        self._bar.update(to - self._bar.n)
 
 
 class SampleCounter(SupervisedPlugin):

@@ -175,7 +175,7 @@ def run_seed(
     RNGManager.set_random_seeds(seed)  # after the benchmark, which draws random numbers too
     logs = Logs(folder)
     title = f"{card.title}, seed {seed}"
-    progress = Progress(title, len(benchmark.train_stream), recipe.epochs)
+    progress = Progress(title, _sizes(benchmark.train_stream), recipe.epochs)
     challenge = ChallengeMetrics()
     counter, classes = SampleCounter(), ClassCounter(recipe.benchmark.n_outputs)
     strategy = build_strategy(
@@ -196,7 +196,7 @@ def run_seed(
     )  # fmt: skip
     done = checkpoints.resume()
     matrix, seconds = done.get("accuracy_matrix", []), done.get("seconds_per_experience", [])
-    progress.skip(len(matrix) * recipe.epochs)
+    progress.skip(len(matrix))
     for k, experience in enumerate(benchmark.train_stream):
         if k < len(matrix):
             continue

@@ -59,6 +59,8 @@ class FirstExperiences(BenchmarkSettings):
         benchmark = self.of.build(seed, order_seed)
         train, test = benchmark.train_stream, benchmark.test_stream
         n = len(train) if self.first is None else min(self.first, len(train))
+        if len(test) == 1:  # one for all of training, as in a stream of sessions
+            return CLScenario([train[:n], test])
         if len(test) != len(train):
             raise ValueError(
                 f"{self.stream} has {len(test)} test experiences for {len(train)} training "

@@ -13,34 +13,31 @@ quadratic form ``tr(H W H^T) / B``, so all that a faster evaluation has to do is
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from avalanche_ext.functional.inhibition_operators import (
+    Combine,
+    DenseInhibition,
+    Method,
+    Operator,
+    check_choice,
+    inhibition_operator,
+)
+
 __all__ = [
     "FORMS",
-    "DenseInhibition",
-    "FourierInhibition",
     "InhibitionForm",
-    "LowRankInhibition",
-    "Operator",
     "inhibition_loss",
     "inhibition_operator",
     "neuron_sensitivity",
 ]
 
-Combine = Literal["product", "min"]
-Method = Literal["auto", "dense", "fft", "low_rank"]
 Reduction = Literal["paper", "pair_mean"]
 Signed = Literal["error", "product", "abs_moment"]
-
-# Up to this width one product with W itself takes the least time; tests/perf/inhibition.py.
-_DENSE_MAX_WIDTH = 512
-# A higher rank costs more than the Fourier transforms do.
-_MAX_RANK = 64
 
 
 class InhibitionForm(NamedTuple):
@@ -61,46 +58,6 @@ FORMS: dict[str, InhibitionForm] = {
     "slnid": InhibitionForm(local=True, discount=True),  # Eq. 6, there called SLNI as well
     "released": InhibitionForm(local=True, discount=True, combine="min"),  # the authors' code
 }
-
-
-class DenseInhibition(NamedTuple):
-    """``W`` itself: ``O(B N^2)`` time, ``O(N^2)`` memory."""
-
-    weights: Tensor
-
-    def apply(self, h: Tensor) -> Tensor:
-        """``H W``."""
-        return h @ self.weights
-
-
-class FourierInhibition(NamedTuple):
-    """``W`` as a convolution between two discounts: ``O(B N log N)`` time, exact."""
-
-    spectrum: Tensor
-    discount: Tensor | None
-    length: int  # no shorter than 2 N - 1, so that nothing wraps around
-
-    def apply(self, h: Tensor) -> Tensor:
-        """``H W``."""
-        rows = h if self.discount is None else h * self.discount
-        spectrum = torch.fft.rfft(rows, n=self.length) * self.spectrum
-        product = torch.fft.irfft(spectrum, n=self.length)[:, : h.shape[1]]
-        return product.contiguous() if self.discount is None else product * self.discount
-
-
-class LowRankInhibition(NamedTuple):
-    r"""``W`` as :math:`\Phi \Phi^\top` less its diagonal: ``O(B N r)`` time, ``O(N r)`` memory."""
-
-    factor: Tensor
-    diagonal: Tensor
-
-    def apply(self, h: Tensor) -> Tensor:
-        """``H W``."""
-        product = (h @ self.factor) @ self.factor.T
-        return product.addcmul_(h, self.diagonal, value=-1)
-
-
-Operator = DenseInhibition | FourierInhibition | LowRankInhibition
 
 
 def inhibition_loss(
@@ -155,10 +112,10 @@ def inhibition_loss(
     """
     if h.ndim != 2 or 0 in h.shape:
         raise ValueError(f"inhibition expects activations (B, N), B, N >= 1; got {tuple(h.shape)}.")
-    _check_choice("reduction", reduction, ("paper", "pair_mean"))
-    _check_choice("signed", signed, ("error", "product", "abs_moment"))
+    check_choice("reduction", reduction, ("paper", "pair_mean"))
+    check_choice("signed", signed, ("error", "product", "abs_moment"))
     h = h if h.dtype == torch.float64 else h.float()
-    if signed == "error" and bool((h.detach().amin() < 0)):
+    if signed == "error" and bool(h.detach().amin() < 0):
         raise ValueError(
             f"inhibition expects activations >= 0 (behind a ReLU); got {float(h.amin()):.3g}. "
             f'Choose such layers, or signed="abs_moment" for tanh, maxout or winner-take-all units.'
@@ -178,67 +135,6 @@ def inhibition_loss(
         value = _Quadratic.apply(h, operator, 1.0 / (len(h) * pairs))
     assert isinstance(value, Tensor)
     return value
-
-
-def inhibition_operator(
-    width: int,
-    sigma: float | None = None,
-    importance: Tensor | None = None,
-    *,
-    combine: Combine = "product",
-    method: Method = "auto",
-    like: Tensor | None = None,
-) -> Operator:
-    r"""The weights ``W`` of a layer's pairs, in the form that multiplies fastest.
-
-    :math:`W_{ij} = s_{ij} e^{-(i-j)^2 / 2\sigma^2}` with :math:`s_{ij} = e^{-\alpha_i} e^{-\alpha_j}`
-    or the smaller of the two factors, and :math:`W_{ii} = 0`. Without locality ``W`` has rank one
-    less a diagonal, and every form but ``"min"`` uses that. A Gaussian of reach ``N/6`` has rank 16
-    at float32's precision, whatever ``N`` (pivoted Cholesky; the residual of an entry is at most
-    1e-7, so :math:`|R - R_r| \le 10^{-7} \sum_m \|h^m\|_1^2 / B`; 1e-13 in float64).
-
-    Args:
-        width: ``N``.
-        sigma: See ``inhibition_loss``.
-        importance: See ``inhibition_loss``.
-        combine: See ``inhibition_loss``.
-        method: ``"auto"``: dense up to 512 units and for ``combine="min"``; beyond, low rank while
-            the rank is at most 64 and a sixteenth of the width; otherwise Fourier transforms.
-        like: A tensor whose type and device the operator takes; float32 on the CPU by default.
-
-    Raises:
-        ValueError: For an argument out of range, or a method that cannot express it.
-    """
-    discount = _check(width, sigma, importance, combine, method)
-    target = torch.empty(0) if like is None else like
-    precise = target.dtype == torch.float64
-    if method == "auto":
-        method = _fastest(width, sigma, combine)
-    if combine == "min" and discount is not None and method != "dense":
-        raise ValueError(f'combine="min" does not separate: it needs method="dense"; got {method!r}.')
-    if method == "low_rank":
-        limit = width if precise else min(width, _MAX_RANK)
-        factor = _factor(width, sigma, 1e-13 if precise else 1e-7, limit)
-        if factor is not None:
-            factor = factor if discount is None else factor * discount[:, None]
-            diagonal = factor.square().sum(1)
-            return LowRankInhibition(factor.to(target), diagonal.to(target))
-        method = "fft"  # exact as well; the rank is only known once it has been looked for
-    kernel = _kernel(width, sigma)
-    kernel[0] = 0  # no unit inhibits itself
-    if method == "fft":
-        length = _smooth(2 * width - 1)
-        around = torch.cat([kernel, kernel.new_zeros(length - 2 * width + 1), kernel[1:].flip(0)])
-        spectrum = torch.fft.rfft(around).real
-        return FourierInhibition(
-            spectrum.to(target), None if discount is None else discount.to(target), length
-        )
-    weights = _toeplitz(kernel.to(target))
-    if discount is not None:
-        y = discount.to(target)
-        pairs = torch.minimum(y[:, None], y) if combine == "min" else y[:, None] * y
-        weights = weights * pairs
-    return DenseInhibition(weights)
 
 
 def neuron_sensitivity(
@@ -267,7 +163,7 @@ def neuron_sensitivity(
     References:
         Aljundi et al. (2018), Eq. 5.
     """
-    _check_choice("at", at, ("pre", "post"))
+    check_choice("at", at, ("pre", "post"))
     for h in activations:
         if h.ndim not in (2, 4):
             raise ValueError(f"sensitivity expects (B, N) or (B, N, H, W); got {tuple(h.shape)}.")
@@ -312,84 +208,3 @@ def _with_signs_of_moments(h: Tensor, operator: Operator) -> DenseInhibition:
             f"{type(operator).__name__}."
         )
     return DenseInhibition(operator.weights * (h.T @ h).sign())
-
-
-def _check(
-    width: int, sigma: float | None, importance: Tensor | None, combine: str, method: str
-) -> Tensor | None:
-    """The discount of each unit in float64, once all arguments are in range."""
-    if width < 1:
-        raise ValueError(f"inhibition expects a width >= 1; got {width}.")
-    if sigma is not None and not 0 < sigma < math.inf:
-        raise ValueError(
-            f"inhibition expects a finite sigma > 0 in units, or None for every pair alike; got "
-            f"{sigma}."
-        )
-    _check_choice("combine", combine, ("product", "min"))
-    _check_choice("method", method, ("auto", "dense", "fft", "low_rank"))
-    if importance is None:
-        return None
-    if importance.shape != (width,):
-        raise ValueError(
-            f"inhibition expects importance of shape ({width},), one value for each unit; got "
-            f"{tuple(importance.shape)}."
-        )
-    if not bool((importance >= 0).all()):
-        raise ValueError("inhibition expects importance >= 0 for each unit; got less, or NaN.")
-    return torch.exp(-importance.detach().double())
-
-
-def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"inhibition expects {name} to be one of {list(allowed)}; got {value!r}.")
-
-
-def _fastest(width: int, sigma: float | None, combine: str) -> Method:
-    if combine == "min":
-        return "dense"
-    if sigma is None:
-        return "low_rank"
-    if width <= _DENSE_MAX_WIDTH:
-        return "dense"
-    rank = 2 * width / sigma  # about what float32's precision takes
-    return "low_rank" if rank <= min(_MAX_RANK, width / 16) else "fft"
-
-
-def _kernel(width: int, sigma: float | None) -> Tensor:
-    """Inhibition by distance, in float64."""
-    distance = torch.arange(width, dtype=torch.float64)
-    return torch.ones_like(distance) if sigma is None else torch.exp(-0.5 * (distance / sigma) ** 2)
-
-
-def _toeplitz(kernel: Tensor) -> Tensor:
-    return torch.cat([kernel.flip(0), kernel[1:]]).unfold(0, len(kernel), 1).flip(0).contiguous()
-
-
-def _factor(width: int, sigma: float | None, tolerance: float, max_rank: int) -> Tensor | None:
-    r"""Columns of :math:`\Phi` by pivoted Cholesky; ``None`` if ``max_rank`` of them do not do."""
-    kernel = _kernel(width, sigma)
-    around = torch.cat([kernel.flip(0), kernel[1:]])
-    factor = kernel.new_zeros(width, max_rank)
-    residual = torch.ones_like(kernel)
-    for k in range(max_rank):
-        pivot = int(residual.argmax())
-        if residual[pivot] <= tolerance:
-            return factor[:, :k]
-        column = around[width - 1 - pivot : 2 * width - 1 - pivot]
-        column = column - factor[:, :k] @ factor[pivot, :k]
-        factor[:, k] = column / residual[pivot].sqrt()
-        residual = residual - factor[:, k].square()
-    return factor if float(residual.max()) <= tolerance else None
-
-
-def _smooth(least: int) -> int:
-    """The next length with no prime factor but 2, 3 and 5: fast to transform."""
-    length = least
-    while True:
-        rest = length
-        for prime in (2, 3, 5):
-            while rest % prime == 0:
-                rest //= prime
-        if rest == 1:
-            return length
-        length += 1

@@ -108,3 +108,45 @@ def test_a_missing_evaluation_leaves_the_average_out():
     strategy.eval(benchmark.valid_stream)
     assert "ChallengeAverageValidationAccuracy" not in metrics.result()
     assert metrics.result()["ChallengeMaxDisk"] == 0
+
+
+def test_evaluation_inside_training_does_not_stop_the_clock(monkeypatch):
+    from avalanche_ext.evaluation.metrics import challenge
+
+    now = iter(range(10_000))
+    monkeypatch.setattr(challenge.time, "perf_counter", lambda: float(next(now)))
+    benchmark = toy_core50("ni", objects=10, train_sessions=1, frames=2, size=8)
+    minutes = {}
+    for every in (-1, 1):
+        metrics, model = ChallengeMetrics(), Constant(0)
+        strategy = Naive(
+            model=model, optimizer=torch.optim.SGD(model.parameters(), 0.0), train_mb_size=500,
+            train_epochs=3, eval_every=every,
+            evaluator=EvaluationPlugin(metrics, strict_checks=False),
+        )  # fmt: skip
+        strategy.train(benchmark.train_stream[0], eval_streams=[benchmark.valid_stream])
+        minutes[every] = 60 * metrics.result()["ChallengeMinutes"]
+    # The clock here counts its readings: start, two per epoch, the end; and those of evaluations.
+    assert minutes[-1] == 7
+    assert minutes[1] > 7
+
+
+def test_a_metric_that_another_process_restores_goes_on_from_its_seconds():
+    import pickle
+
+    benchmark = toy_core50("ni", objects=10, train_sessions=1, frames=2, size=8)
+    metrics, model = ChallengeMetrics(), Constant(0)
+    strategy = Naive(
+        model=model, optimizer=torch.optim.SGD(model.parameters(), 0.0), train_mb_size=500,
+        evaluator=EvaluationPlugin(metrics, strict_checks=False),
+    )  # fmt: skip
+    strategy.train(benchmark.train_stream[0])
+    metrics.before_training_exp(strategy)
+    copy = pickle.loads(pickle.dumps(metrics))
+    copy.before_training_epoch(strategy)  # nothing is known of the time since the other's start
+    assert copy.result()["ChallengeMinutes"] == metrics.result()["ChallengeMinutes"] > 0
+
+
+def test_an_absent_folder_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="absent"):
+        ChallengeMetrics(disk=tmp_path / "absent")

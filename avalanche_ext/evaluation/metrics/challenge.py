@@ -4,7 +4,8 @@
 |---|---|
 | ``ChallengeAverageValidationAccuracy`` | over experiences and all tasks, see ``evaluation.challenge`` |
 | ``ChallengeTestAccuracy`` | mean over test experiences at the last evaluation of the test stream |
-| ``ChallengeMinutes`` | of training and validation, without evaluations of the test stream |
+| ``ChallengeAverageValidationAccuracySeen`` | the same over the tasks seen so far |
+| ``ChallengeMinutes`` | of training, evaluations inside it included, and of validation behind it |
 | ``ChallengeMeanRAM``, ``ChallengeMaxRAM`` | resident memory of the process in MB of 2^20 bytes, sampled behind every epoch |
 | ``ChallengeMeanDisk``, ``ChallengeMaxDisk`` | size of the external memory's folder, likewise |
 """  # noqa: E501 - a table
@@ -12,6 +13,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,18 @@ from avalanche.evaluation.metric_definitions import PluginMetric
 from avalanche.evaluation.metric_results import MetricValue
 from avalanche.evaluation.metric_utils import get_metric_name
 
-from avalanche_ext.evaluation.challenge import average_validation_accuracy
+from avalanche_ext.evaluation.challenge import (
+    average_validation_accuracy,
+    average_validation_accuracy_seen,
+)
 from avalanche_ext.evaluation.metrics.device import DeviceAccuracy
 
 __all__ = ["ChallengeMetrics"]
 
 _MB = 2**20
+# When a metric's clock was last read. Times of one process mean nothing in another, so they are
+# kept out of the metric, which a checkpoint may restore elsewhere.
+_READ: weakref.WeakKeyDictionary[Any, float] = weakref.WeakKeyDictionary()
 
 
 class ChallengeMetrics(PluginMetric[dict]):
@@ -34,6 +42,9 @@ class ChallengeMetrics(PluginMetric[dict]):
         valid: Name of the stream that is evaluated after every experience.
         disk: Folder of the external memory; without one its size is 0.
 
+    Raises:
+        FileNotFoundError: If there is no such folder.
+
     Of several evaluations behind one experience the last counts. Numbers of the test stream are
     left out until it was evaluated.
     """
@@ -41,6 +52,8 @@ class ChallengeMetrics(PluginMetric[dict]):
     def __init__(self, *, valid: str = "valid", disk: str | Path | None = None) -> None:
         super().__init__()
         self.valid = valid
+        if disk is not None and not Path(disk).is_dir():
+            raise FileNotFoundError(f"ChallengeMetrics expects a folder as disk=; got {disk}.")
         self.disk = None if disk is None else str(disk)
         self.reset()
 
@@ -52,7 +65,7 @@ class ChallengeMetrics(PluginMetric[dict]):
         self._row: list[float] = []
         self._accuracy = DeviceAccuracy()
         self._seconds = 0.0
-        self._since = 0.0
+        _READ.pop(self, None)
         self._ram: list[float] = []
         self._folder: list[float] = []
 
@@ -62,6 +75,8 @@ class ChallengeMetrics(PluginMetric[dict]):
         rows = [self._validation[k] for k in sorted(self._validation) if k]
         if rows and len(rows) == self._trained and len(rows[0]) in (1, len(rows)):
             values["ChallengeAverageValidationAccuracy"] = average_validation_accuracy(rows)
+            seen = average_validation_accuracy_seen(rows)
+            values["ChallengeAverageValidationAccuracySeen"] = seen
         if self._test:
             values["ChallengeTestAccuracy"] = sum(self._test) / len(self._test)
         for name, samples in (("RAM", self._ram), ("Disk", self._folder)):
@@ -73,23 +88,30 @@ class ChallengeMetrics(PluginMetric[dict]):
     def before_training_exp(self, strategy: Any) -> None:
         """Count the experience, start the clock."""
         self._trained += 1
-        self._since = time.perf_counter()
+        _READ[self] = time.perf_counter()
+
+    def before_training_epoch(self, strategy: Any) -> None:
+        """Read the clock, which a resumed run starts here."""
+        self._read_clock()
 
     def after_training_epoch(self, strategy: Any) -> None:
-        """Sample memory and disk."""
+        """Read the clock, sample memory and disk."""
         import psutil
 
+        self._read_clock()
         self._ram.append(psutil.Process().memory_info().rss / _MB)
         self._folder.append(_size(self.disk) / _MB)
 
     def after_training_exp(self, strategy: Any) -> None:
         """Stop the clock."""
-        self._seconds += time.perf_counter() - self._since
+        self._read_clock()
+        _READ.pop(self, None)
 
     def before_eval(self, strategy: Any) -> None:
         """Begin a row."""
         self._row = []
-        self._since = time.perf_counter()
+        if not strategy.is_training:
+            _READ[self] = time.perf_counter()
 
     def before_eval_exp(self, strategy: Any) -> None:
         """Begin an experience."""
@@ -109,7 +131,7 @@ class ChallengeMetrics(PluginMetric[dict]):
         if stream == self.valid:
             self._validation[self._trained] = self._row
             if not strategy.is_training:
-                self._seconds += time.perf_counter() - self._since
+                self._read_clock()
         elif stream == "test":
             self._test = self._row
         else:
@@ -123,6 +145,11 @@ class ChallengeMetrics(PluginMetric[dict]):
             )
             for name, value in self.result().items()
         ]
+
+    def _read_clock(self) -> None:
+        now = time.perf_counter()
+        self._seconds += now - _READ.get(self, now)
+        _READ[self] = now
 
 
 def _size(folder: str | None) -> int:
