@@ -24,15 +24,21 @@ _PUBLIC = {
     "ExemplarMemory": "training.storage_policy.exemplar_memory",
     "ExperienceBalancedMemory": "training.storage_policy.exemplar_memory",
     "ReservoirMemory": "training.storage_policy.exemplar_memory",
+    "AccuracyMatrixMetrics": "evaluation.metrics.matrix",
+    "ChallengeMetrics": "evaluation.metrics.challenge",
+    "ResourceMetrics": "evaluation.metrics.resources",
     "GradientDiversity": "evaluation.metrics.gradient_diversity",
     "FixedSizeClassifier": "models.heads",
     "MLP": "models.mlp",
+    "build_backbone": "models.backbones",
     "drl_loss": "functional.drl",
 }
 
 __all__ = [
     "MLP",
+    "AccuracyMatrixMetrics",
     "BERPlugin",
+    "ChallengeMetrics",
     "ClassBalancedMemory",
     "CompilePlugin",
     "DRLPlugin",
@@ -45,14 +51,20 @@ __all__ = [
     "GradientDiversity",
     "PrecisionPlugin",
     "ReservoirMemory",
+    "ResourceMetrics",
     "ShuffleReplayPlugin",
     "__version__",
+    "build_backbone",
     "drl_loss",
 ]
 
 if TYPE_CHECKING:
+    from avalanche_ext.evaluation.metrics.challenge import ChallengeMetrics
     from avalanche_ext.evaluation.metrics.gradient_diversity import GradientDiversity
+    from avalanche_ext.evaluation.metrics.matrix import AccuracyMatrixMetrics
+    from avalanche_ext.evaluation.metrics.resources import ResourceMetrics
     from avalanche_ext.functional.drl import drl_loss
+    from avalanche_ext.models.backbones import build_backbone
     from avalanche_ext.models.heads import FixedSizeClassifier
     from avalanche_ext.models.mlp import MLP
     from avalanche_ext.training.plugins.ber import BERPlugin

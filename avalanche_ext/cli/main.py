@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from avalanche_ext.cli import card, doctor, list_methods, report, run, sweep
@@ -25,10 +26,15 @@ def main(arguments: list[str] | None = None) -> int:
         module.add_parser(commands)
     options = parser.parse_args(arguments)
     try:
-        return options.execute(options)
+        status = options.execute(options)
+        sys.stdout.flush()
+        return status
     except (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError) as error:
         print(f"avalanche-ext: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever reads has seen enough, as in '... | head'
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("\navalanche-ext: stopped; the same command goes on from here", file=sys.stderr)
         return 130

@@ -157,3 +157,51 @@ def test_other_settings_do_not_overwrite_a_run(finished, capsys):
     _, command = finished
     assert main([*command, "--set", "lam=0.5"]) == 2
     assert "lam differ" in capsys.readouterr().err
+
+
+def test_a_dry_run_prints_the_resolved_recipe_and_writes_nothing(tmp_path, capsys):
+    import yaml
+
+    from avalanche_ext.recipes import find_recipe
+
+    out = tmp_path / "run"
+    command = ["run", "drl_ber/split_digits", "--set", "lr=0.05", "--seeds", "4", "--dry-run"]
+    assert main([*command, "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert not out.exists()
+    assert f"naive/split_digits: 1 runs, 0 of them finished, in {out}/baselines" in shown
+    path = tmp_path / "resolved.yaml"
+    path.write_text(shown[shown.index("\nname: ") :])
+    assert yaml.safe_load(path.read_text())["lr"] == 0.05
+    again = find_recipe(str(path))
+    assert (again.lr, again.seeds) == (0.05, (4,))
+
+
+def test_a_recipe_file_runs_like_its_command_line(finished, tmp_path):
+    out, _ = finished
+    path = tmp_path / "mine.yaml"
+    path.write_text("like: drl_ber/split_digits\nlam: 1e-2\n")
+    for name, words in (
+        ("file", [str(path)]),
+        ("line", ["drl_ber/split_digits", "--set", "lam=1e-2"]),
+    ):
+        command = ["run", *words, "--smoke", "--no-baselines", "--out", str(tmp_path / name)]
+        assert main(command) == 0
+    matrices = [
+        json.loads((folder / "seed_0" / "result.json").read_text())["accuracy_matrix"]
+        for folder in (tmp_path / "file", tmp_path / "line", out)
+    ]
+    assert matrices[0] == matrices[1] != matrices[2]
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    import subprocess
+    import sys
+
+    code = "from avalanche_ext.cli.main import main; raise SystemExit(main(['list']))"
+    done = subprocess.run(
+        f'{sys.executable} -c "{code}" | head -n 1; echo ${{PIPESTATUS[0]}}',
+        shell=True, executable="/bin/bash", capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1] == "0"
+    assert done.stderr == ""
