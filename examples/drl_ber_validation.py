@@ -19,7 +19,7 @@ from pathlib import Path
 from avalanche_ext.evaluation.tables import aggregate
 from avalanche_ext.experiments.provenance import versions
 from avalanche_ext.experiments.run import run_seed
-from avalanche_ext.recipes import find_recipe
+from avalanche_ext.recipes import find_recipe, with_settings
 
 
 def main() -> None:
@@ -27,12 +27,14 @@ def main() -> None:
     parser.add_argument("recipe", nargs="?", default="drl_ber/split_digits")
     parser.add_argument("--lr", type=float, nargs="+", default=[0.02, 0.05, 0.1])
     parser.add_argument("--lam", type=float, nargs="+", default=[0.0, 3e-4, 1e-3, 3e-3])
+    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", dest="settings")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/drl_ber_validation"))
     parser.add_argument("--smoke", action="store_true", help="one cell, few images")
     options = parser.parse_args()
 
-    recipe = find_recipe(options.recipe)
+    settings = dict(text.split("=", 1) for text in options.settings)
+    recipe = with_settings(find_recipe(options.recipe), settings)
     if options.smoke:
         recipe = recipe.smoke()
         options.lr, options.lam, options.seeds = options.lr[:1], options.lam[-1:], [0]
@@ -52,6 +54,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     record = {
         "recipe": recipe.name,
+        "settings": settings,
         "tested_on": "what the benchmark holds out with validation=true",
         "seeds": options.seeds,
         "rows": rows,
