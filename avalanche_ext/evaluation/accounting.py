@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from avalanche.models.utils import avalanche_forward
-from avalanche.training.plugins import AGEMPlugin, GEMPlugin, ReplayPlugin
+from avalanche.training.plugins import AGEMPlugin, EvaluationPlugin, GEMPlugin, ReplayPlugin
 from avalanche.training.supervised import Cumulative
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from avalanche_ext.training.loading.sources import as_source
+from avalanche_ext.training.plugins.device_data import DeviceDataPlugin
 from avalanche_ext.training.storage_policy.policy_memory import PolicyMemory
 from avalanche_ext.training.storage_policy.stores import sample_bytes
 
-__all__ = ["bytes_remembered", "count_parameters", "flops_per_sample", "memory_mib"]
+__all__ = [
+    "bytes_by_kind",
+    "bytes_remembered",
+    "count_parameters",
+    "flops_per_sample",
+    "memory_mib",
+]
+
+# Their exemplars are counted apart, or nothing of theirs is from the past.
+_TRANSIENT = (AGEMPlugin, GEMPlugin, ReplayPlugin, EvaluationPlugin, DeviceDataPlugin)
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -67,6 +78,45 @@ def bytes_remembered(strategy: Any) -> int:
     if isinstance(strategy, Cumulative) and strategy.dataset is not None:
         total += _of_dataset(strategy.dataset)
     return total
+
+
+def bytes_by_kind(strategy: Any) -> dict[str, int]:
+    """Bytes that the strategy and its plugins hold from the past, by what they are.
+
+    Returns:
+        ``exemplars``; ``networks``: weights and buffers of teachers, generators and other networks
+        beside the model; ``tensors``: what else plugins hold in tensors, such as importances, the
+        parameters that they belong to, masks. What follows from the current data alone (samples
+        kept on the device, metrics, gradients of a step) is not counted.
+    """
+    counted: set[int] = {id(p) for p in strategy.model.parameters()}
+    counted |= {id(b) for b in strategy.model.buffers()} | {id(strategy.model), id(strategy)}
+    sizes = {"exemplars": bytes_remembered(strategy), "networks": 0, "tensors": 0}
+    for plugin in strategy.plugins:
+        if not isinstance(plugin, _TRANSIENT) and not hasattr(plugin, "bytes_remembered"):
+            _walk(plugin, counted, sizes)
+    return sizes
+
+
+def _walk(value: Any, counted: set[int], sizes: dict[str, int]) -> None:
+    """Add the bytes of every tensor that can be reached, once."""
+    if id(value) in counted:
+        return
+    counted.add(id(value))
+    if isinstance(value, nn.Module):
+        tensors = [t for t in (*value.parameters(), *value.buffers()) if id(t) not in counted]
+        counted.update(map(id, tensors))
+        sizes["networks"] += sum(t.nbytes for t in tensors)
+    elif isinstance(value, Tensor):
+        sizes["tensors"] += value.nbytes
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            _walk(part, counted, sizes)
+    elif isinstance(value, list | tuple | set):
+        for part in value:
+            _walk(part, counted, sizes)
+    elif type(value).__module__.startswith(("avalanche.training.", "avalanche_ext.training.")):
+        _walk(vars(value) if hasattr(value, "__dict__") else (), counted, sizes)
 
 
 def _of_plugin(plugin: Any) -> int:

@@ -15,7 +15,7 @@ from avalanche.training.plugins import EvaluationPlugin
 
 from avalanche_ext.catalog import find_card
 from avalanche_ext.evaluation.accounting import (
-    bytes_remembered,
+    bytes_by_kind,
     count_parameters,
     flops_per_sample,
 )
@@ -216,6 +216,7 @@ def run_seed(
             "average_validation_accuracy": average_validation_accuracy(matrix),
             "challenge": challenge.result(),
         }
+    kept = bytes_by_kind(strategy)
     result = {
         "recipe": recipe.name,
         "method": recipe.method,
@@ -231,7 +232,8 @@ def run_seed(
         "samples_trained": counter.samples,
         "parameters": count_parameters(strategy.model),
         "flops_per_sample": _flops(strategy, watched),
-        "bytes_remembered": bytes_remembered(strategy),
+        "bytes_remembered": sum(kept.values()),
+        "bytes_by_kind": kept,
         **peak_memory(strategy.device),
         "versions": versions(),
         "commit": commit(),

@@ -10,7 +10,7 @@ Table 3 are at 4 %.
 
 The twins on rendered pictures hold everything but the method equal, so they show orderings. Their
 learning rate and ``lam`` were chosen on sessions that are in neither stream
-(``examples/toy_core50.py``).
+(``examples/drl_ber_validation.py``).
 """
 
 from __future__ import annotations
@@ -116,11 +116,12 @@ def _paper() -> dict[str, ReplayRecipe]:
     return made
 
 
-# Track -> exemplars per experience, frames per clip, learning rate, lam.
-_TOY: dict[str, tuple[int, int, float, float]] = {
-    "ni": (50, 20, 0.1, 1e-4),
-    "nc": (50, 20, 0.1, 1e-4),
-    "nic": (2, 8, 0.1, 1e-4),
+# Track -> exemplars per experience, frames per clip, past groups per step of BER.
+_TOY: dict[str, tuple[int, int, int | None]] = {
+    "ni": (50, 20, None),
+    "nc": (50, 20, None),
+    # Without a bound BER's last batches would have 391 times as many samples as the others'.
+    "nic": (2, 8, 32),
 }
 _TOY_ROWS = (
     "naive", "shuffle_replay", "er", "ber", "drl_shuffle_replay", "drl_er", "joint", "drl_ber",
@@ -128,7 +129,7 @@ _TOY_ROWS = (
 
 
 def _toy(track: str) -> dict[str, ReplayRecipe]:
-    mem, frames, lr, lam = _TOY[track]
+    mem, frames, max_groups = _TOY[track]
     rows = [row for row in _TOY_ROWS if (track, row) != ("nic", "joint")]
     return {
         f"{method}/toy_core50_{track}": ReplayRecipe(
@@ -136,11 +137,12 @@ def _toy(track: str) -> dict[str, ReplayRecipe]:
             method=method,
             benchmark=ToyCORe50(track=track, frames=frames),
             backbone="small_convnet",
-            lr=lr,
+            lr=0.2,
             batch_size=16,
             mem=mem,
             mem_scope="experience",
-            lam=lam,
+            max_groups=max_groups,
+            lam=1e-4,
             layers="logits",
             baselines=tuple(f"{r}/toy_core50_{track}" for r in rows[:-1])
             if method == "drl_ber"

@@ -12,6 +12,7 @@ from torch import nn
 
 from avalanche_ext import MLP, BERPlugin
 from avalanche_ext.evaluation.accounting import (
+    bytes_by_kind,
     bytes_remembered,
     count_parameters,
     flops_per_sample,
@@ -161,3 +162,28 @@ def test_with_task_labels_the_right_head_is_counted():
     strategy = naive(Net(), evaluator=evaluator(metric))
     run(strategy, class_stream(task_labels=True))
     assert metric.result()["StreamFlopsPerSample"] == 2 * 8 * 2
+
+
+def test_bytes_by_kind_of_methods_that_keep_other_things():
+    from avalanche.training.plugins import EWCPlugin, LwFPlugin
+
+    stream = class_stream(2)
+    parameters = 4 * (8 * 16 + 16 + 16 * 6 + 6)
+    kinds = {}
+    plugins = {
+        "plain": [], "ewc": [EWCPlugin(1.0)], "lwf": [LwFPlugin(1.0, 2.0)],
+        "ber": [BERPlugin(mem=5)], "both": [EWCPlugin(1.0), BERPlugin(mem=5)],
+    }  # fmt: skip
+    for name, used in plugins.items():
+        strategy = naive(MLP(8, (16,), 6), used)
+        for experience in stream.train_stream:
+            strategy.train(experience)
+        kinds[name] = bytes_by_kind(strategy)
+    assert kinds["plain"] == {"exemplars": 0, "networks": 0, "tensors": 0}
+    # EWC: importances and weights behind each of two experiences.
+    assert kinds["ewc"] == {"exemplars": 0, "networks": 0, "tensors": 4 * parameters}
+    assert kinds["lwf"] == {"exemplars": 0, "networks": parameters, "tensors": 0}
+    exemplars = bytes_remembered(strategy)
+    assert kinds["ber"] == {"exemplars": exemplars, "networks": 0, "tensors": 0}
+    assert exemplars == 2 * 5 * (4 * 8 + 8 + 8)
+    assert kinds["both"] == {**kinds["ewc"], "exemplars": exemplars}
