@@ -27,6 +27,11 @@ _PUBLIC = {
     "AccuracyMatrixMetrics": "evaluation.metrics.matrix",
     "ChallengeMetrics": "evaluation.metrics.challenge",
     "ResourceMetrics": "evaluation.metrics.resources",
+    "HerdingMemory": "training.storage_policy.herding",
+    "ClassifierStage": "training.supervised.expandable_der",
+    "ExpandableDER": "training.supervised.expandable_der",
+    "Schedule": "training.supervised.expandable_der",
+    "ExpandableNet": "models.expandable_net",
     "GradientDiversity": "evaluation.metrics.gradient_diversity",
     "FixedSizeClassifier": "models.heads",
     "MLP": "models.mlp",
@@ -40,18 +45,23 @@ __all__ = [
     "BERPlugin",
     "ChallengeMetrics",
     "ClassBalancedMemory",
+    "ClassifierStage",
     "CompilePlugin",
     "DRLPlugin",
     "DataParallelPlugin",
     "DeviceDataPlugin",
     "ERPlugin",
     "ExemplarMemory",
+    "ExpandableDER",
+    "ExpandableNet",
     "ExperienceBalancedMemory",
     "FixedSizeClassifier",
     "GradientDiversity",
+    "HerdingMemory",
     "PrecisionPlugin",
     "ReservoirMemory",
     "ResourceMetrics",
+    "Schedule",
     "ShuffleReplayPlugin",
     "__version__",
     "build_backbone",
@@ -65,6 +75,7 @@ if TYPE_CHECKING:
     from avalanche_ext.evaluation.metrics.resources import ResourceMetrics
     from avalanche_ext.functional.drl import drl_loss
     from avalanche_ext.models.backbones import build_backbone
+    from avalanche_ext.models.expandable_net import ExpandableNet
     from avalanche_ext.models.heads import FixedSizeClassifier
     from avalanche_ext.models.mlp import MLP
     from avalanche_ext.training.plugins.ber import BERPlugin
@@ -80,6 +91,12 @@ if TYPE_CHECKING:
         ExemplarMemory,
         ExperienceBalancedMemory,
         ReservoirMemory,
+    )
+    from avalanche_ext.training.storage_policy.herding import HerdingMemory
+    from avalanche_ext.training.supervised.expandable_der import (
+        ClassifierStage,
+        ExpandableDER,
+        Schedule,
     )
 
 

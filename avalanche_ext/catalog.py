@@ -26,6 +26,8 @@ class Card:
         parts: Gives the classes that make it up; imports them only then.
         build: Plugins for a recipe.
         strategy: Gives the strategy class; Avalanche's ``Naive`` by default.
+        make: Builds the strategy from a recipe and the arguments that all strategies take, where
+            it is more than a network, an optimizer and plugins.
         ours: Whether the method is implemented here, or is Avalanche's, for comparison.
     """
 
@@ -36,6 +38,7 @@ class Card:
     parts: Callable[[], tuple[type, ...]]
     build: Callable[[Any], list[Any]]
     strategy: Callable[[], type] | None = None
+    make: Callable[..., Any] | None = None
     ours: bool = True
 
     @property
@@ -158,6 +161,32 @@ def _cumulative() -> type:
     return Cumulative
 
 
+def _expandable_der(recipe: Any, **options: Any) -> Any:
+    from avalanche_ext import ClassifierStage, ExpandableDER, Schedule, build_backbone
+
+    return ExpandableDER(
+        backbone=build_backbone(
+            recipe.backbone, 0, recipe.benchmark.in_shape, pretrained=recipe.pretrained,
+            hidden=recipe.hidden,
+        ),
+        mem=None if recipe.mem_per_class else recipe.mem,
+        mem_per_class=recipe.mem_per_class,
+        auxiliary=recipe.auxiliary,
+        schedule=Schedule(recipe.lr, recipe.warmup_epochs, recipe.milestones),
+        classifier_stage=ClassifierStage(
+            recipe.classifier_epochs,
+            Schedule(recipe.lr, 0, recipe.classifier_milestones),
+            recipe.temperature,
+        ),
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        inherit=recipe.inherit,
+        reset_heads=recipe.reset_heads,
+        n_outputs=recipe.benchmark.n_outputs,
+        **options,
+    )  # fmt: skip
+
+
 CATALOG: dict[str, Card] = {
     card.key: card
     for card in (
@@ -181,6 +210,10 @@ CATALOG: dict[str, Card] = {
         Card("drl_shuffle_replay", "DRL+Shuffle", "discriminative representation loss with Shuffle",
              "replay", _ours("DRLPlugin", "ShuffleReplayPlugin"),
              lambda recipe: [_drl(recipe), _shuffle(recipe)]),
+        Card("expandable_der", "ExpandableDER",
+             "one extractor per experience, the classifier retrained on balanced samples",
+             "expansion", _ours("ExpandableDER", "ExpandableNet"), lambda recipe: [],
+             make=_expandable_der),
         Card("gem", "GEM", "Avalanche's gradient episodic memory", "replay", _plugin("GEMPlugin"),
              lambda recipe: [_gem(recipe)], ours=False),
         Card("agem", "A-GEM", "Avalanche's averaged GEM", "replay", _plugin("AGEMPlugin"),

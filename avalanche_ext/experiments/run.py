@@ -262,20 +262,22 @@ def build_strategy(
     The network's first weights come from torch's global random state: seed it before.
     """
     card = find_card(recipe.method)
+    options = {
+        "criterion": torch.nn.CrossEntropyLoss(),
+        "train_mb_size": recipe.batch_size,
+        "train_epochs": recipe.epochs,
+        "eval_mb_size": 512,
+        "device": device,
+        "plugins": [DeviceDataPlugin(), *card.build(recipe), *plugins],
+        "evaluator": evaluator,
+    }
+    if card.make is not None:
+        return card.make(recipe, **options)
     model = build_model(recipe)
-    return card.strategy_class()(
-        model=model,
-        optimizer=torch.optim.SGD(
-            model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay
-        ),
-        criterion=torch.nn.CrossEntropyLoss(),
-        train_mb_size=recipe.batch_size,
-        train_epochs=recipe.epochs,
-        eval_mb_size=512,
-        device=device,
-        plugins=[DeviceDataPlugin(), *card.build(recipe), *plugins],
-        evaluator=evaluator,
+    optimizer = torch.optim.SGD(
+        model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay
     )
+    return card.strategy_class()(model=model, optimizer=optimizer, **options)
 
 
 def build_model(recipe: Recipe) -> torch.nn.Module:

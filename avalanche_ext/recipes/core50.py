@@ -116,12 +116,12 @@ def _paper() -> dict[str, ReplayRecipe]:
     return made
 
 
-# Track -> exemplars per experience, frames per clip, past groups per step of BER.
-_TOY: dict[str, tuple[int, int, int | None]] = {
-    "ni": (50, 20, None),
-    "nc": (50, 20, None),
+# Track -> learning rate, exemplars per experience, frames per clip, past groups per step of BER.
+_TOY: dict[str, tuple[float, int, int, int | None]] = {
+    "ni": (0.2, 50, 20, None),
+    "nc": (0.4, 50, 20, None),
     # Without a bound BER's last batches would have 391 times as many samples as the others'.
-    "nic": (2, 8, 32),
+    "nic": (0.2, 2, 8, 32),
 }
 _TOY_ROWS = (
     "naive", "shuffle_replay", "er", "ber", "drl_shuffle_replay", "drl_er", "joint", "drl_ber",
@@ -129,7 +129,7 @@ _TOY_ROWS = (
 
 
 def _toy(track: str) -> dict[str, ReplayRecipe]:
-    mem, frames, max_groups = _TOY[track]
+    lr, mem, frames, max_groups = _TOY[track]
     rows = [row for row in _TOY_ROWS if (track, row) != ("nic", "joint")]
     return {
         f"{method}/toy_core50_{track}": ReplayRecipe(
@@ -137,7 +137,7 @@ def _toy(track: str) -> dict[str, ReplayRecipe]:
             method=method,
             benchmark=ToyCORe50(track=track, frames=frames),
             backbone="small_convnet",
-            lr=0.2,
+            lr=lr,
             batch_size=16,
             mem=mem,
             mem_scope="experience",

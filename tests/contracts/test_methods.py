@@ -19,6 +19,8 @@ from avalanche_ext.experiments.run import build_strategy
 from avalanche_ext.recipes import find_recipe
 
 OURS = [key for key, card in CATALOG.items() if card.ours]
+# Methods that are plugins alone; the others own their strategy.
+PLUGINS = [key for key in OURS if CATALOG[key].make is None]
 STOCK = {
     "replay": lambda: ReplayPlugin(mem_size=20),
     "lwf": lambda: LwFPlugin(alpha=0.5, temperature=2),
@@ -53,7 +55,7 @@ def test_every_key_has_its_offline_recipe_and_it_trains(key):
     assert strategy.clock.train_exp_counter == 5
 
 
-@pytest.mark.parametrize("key", OURS)
+@pytest.mark.parametrize("key", PLUGINS)
 def test_weight_zero_is_naive_bit_for_bit(key):
     nothing = train(smoke("naive"))
     assert torch.equal(weights(train(smoke(key, lam=0.0, mem=0))), weights(nothing))
@@ -107,7 +109,9 @@ def test_composes_with_avalanches_plugins_in_either_order(key, stock):
     recipe = smoke(key)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if key.endswith("shuffle_replay") and stock == "replay":
+        if key == "expandable_der" and stock == "ewc":
+            pytest.skip("Avalanche's EWC cannot follow a head that grows in both directions")
+        if key.endswith(("shuffle_replay", "expandable_der")) and stock == "replay":
             # Both want to say what an epoch of the current data is; that is refused, not guessed.
             for place in ({"plugins": [STOCK[stock]()]}, {"before": [STOCK[stock]()]}):
                 with pytest.raises(ValueError, match="ReplayDataLoader"):
@@ -120,7 +124,7 @@ def test_composes_with_avalanches_plugins_in_either_order(key, stock):
     assert not torch.equal(weights(after), weights(alone))
 
 
-@pytest.mark.parametrize(("one", "two"), itertools.combinations(OURS, 2))
+@pytest.mark.parametrize(("one", "two"), itertools.combinations(PLUGINS, 2))
 def test_our_methods_compose_with_each_other_in_either_order(one, two):
     first, second = smoke(one), smoke(two)
     forward = train(first, CATALOG[two].build(second))
@@ -128,7 +132,20 @@ def test_our_methods_compose_with_each_other_in_either_order(one, two):
     torch.testing.assert_close(weights(forward), weights(backward), rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("key", OURS)
+@pytest.mark.parametrize(
+    ("key", "owner"), itertools.product(PLUGINS, [k for k in OURS if k not in PLUGINS])
+)
+def test_our_plugins_compose_with_our_strategies_in_either_order(key, owner):
+    recipe = smoke(owner)
+    if key.endswith("shuffle_replay"):
+        pytest.skip("the strategy shuffles a memory of its own into the epoch")
+    after = train(recipe, CATALOG[key].build(smoke(key)))
+    before = train(recipe, before=CATALOG[key].build(smoke(key)))
+    torch.testing.assert_close(weights(after), weights(before), rtol=0, atol=2e-5)
+    assert not torch.equal(weights(after), weights(train(recipe)))
+
+
+@pytest.mark.parametrize("key", PLUGINS)
 def test_nothing_of_the_callers_is_changed(key):
     recipe = smoke(key)
     benchmark = recipe.benchmark.build(0)
@@ -180,4 +197,5 @@ def test_bytes_remembered_are_those_of_the_exemplars(key):
     recipe = smoke(key, mem=25)
     strategy = train(recipe)
     per_sample = 64 * 4 + 8 + 8
-    assert bytes_remembered(strategy) == 25 * per_sample
+    kept = 20 if key == "expandable_der" else 25  # the paper leaves the remainder of 25 / 10 unused
+    assert bytes_remembered(strategy) == kept * per_sample

@@ -189,12 +189,10 @@ class ExemplarMemory(ExemplarsBuffer):
             self._refer_to_old_store()
         if isinstance(self._store, ReferenceStore):
             source = as_source(dataset)  # a reference must not keep a whole experience in tensors
-        priorities = torch.rand(
-            len(source), generator=seeded(self._seed, self._updates), dtype=torch.float64
-        )
+        priorities = self._priorities(agent, exp, source)
         groups, group_of = self._groups_of(exp).unique(return_inverse=True)
         units = self._unit_keys(exp, groups.tolist(), self._updates)
-        chosen, slots = self._ledger.admit(units, group_of, priorities, self.max_size)
+        chosen, slots = self._ledger.admit(units, group_of, priorities, self._budget(units))
         self._store.write(slots, source, chosen)
 
     def to(self, device: torch.device) -> None:
@@ -213,6 +211,16 @@ class ExemplarMemory(ExemplarsBuffer):
         old, used = self._store, torch.arange(self.size)
         self._store = ReferenceStore()
         self._store.write(used, old, used)  # type: ignore[arg-type]
+
+    def _priorities(self, agent: Any, exp: Any, source: Any) -> Tensor:
+        """One number per new sample; a group keeps its largest."""
+        assert self._seed is not None
+        generator = seeded(self._seed, self._updates)
+        return torch.rand(len(source), generator=generator, dtype=torch.float64)
+
+    def _budget(self, units: list[Unit]) -> int:
+        """Samples that the groups of these units' owner may have together."""
+        return self.max_size
 
     # groups ---------------------------------------------------------------------------------
 

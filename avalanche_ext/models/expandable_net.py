@@ -1,0 +1,176 @@
+"""ExpandableNet: one feature extractor per experience, the old ones frozen, one classifier on all.
+
+Not to be confused with Avalanche's ``DER``, which is Dark Experience Replay.
+
+References:
+    S. Yan, J. Xie, X. He (2021), DER: Dynamically Expandable Representation for Class Incremental
+    Learning, CVPR.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from avalanche.models import DynamicModule
+from torch import Tensor, nn
+
+__all__ = ["UNSEEN_LOGIT", "ExpandableNet"]
+
+# Logit of a label whose class has not been trained on.
+UNSEEN_LOGIT = -1e4
+
+
+class ExpandableNet(DynamicModule):
+    r"""A super-feature that grows by one extractor per experience, and its classifier.
+
+    .. math:: u = [F_1(x), \dots, F_{t-1}(x), F_t(x)], \qquad z = H_t u
+
+    When an experience with new classes begins in training, the extractors so far are frozen,
+    parameters and batch statistics, and a new one is appended: a copy of the last one, statistics
+    included. The classifier has no bias; each unit belongs to one class, in the order of arrival,
+    and ``forward`` puts its logits at the classes' labels. An auxiliary head on
+    :math:`F_t(x)` alone tells the new classes from each other and from all old ones (its class 0);
+    it lives until the next experience begins and plays no part in ``forward``.
+
+    Args:
+        backbone: The first extractor, ``(B, ...)`` to ``(B, D)``; ``build_backbone(name, 0, shape)``
+            gives one. Its width is ``num_features``, or ``out_dim``.
+        n_outputs: Least width of the output; it is widened when a larger label is seen.
+        inherit: Whether the grown classifier keeps the weights of the old one for old classes on
+            old features; else all are drawn anew.
+
+    Shapes:
+        Input what the backbone takes; output ``(B, n_outputs)``. Before the first training all
+        logits are ``UNSEEN_LOGIT``.
+
+    Raises:
+        ValueError: If the backbone has no features; when an experience brings no new class.
+    """  # noqa: E501 - one argument
+
+    width: int
+    n_outputs: int
+    inherit: bool
+    extractors: nn.ModuleList
+    classifier: nn.Linear | None
+    auxiliary: nn.Linear | None
+    classes: list[int]
+    new_classes: list[int]
+
+    def __init__(self, backbone: nn.Module, *, n_outputs: int = 0, inherit: bool = True) -> None:
+        super().__init__()
+        width = getattr(backbone, "num_features", getattr(backbone, "out_dim", None))
+        if not isinstance(width, int) or width < 1:
+            raise ValueError(
+                f"ExpandableNet expects a backbone that gives features, (B, D), and says D in "
+                f"num_features or out_dim; got {type(backbone).__name__} with {width!r}. "
+                f"build_backbone(name, 0, in_shape) makes one."
+            )
+        self.width = width
+        self.n_outputs = n_outputs
+        self.inherit = inherit
+        self._first = [backbone]  # in a list: no part of the network yet
+        self.extractors = nn.ModuleList()
+        # As modules from the start: a plain None would hide what a checkpoint puts there.
+        self.register_module("classifier", None)
+        self.register_module("auxiliary", None)
+        self.classes = []  # labels in the order of arrival
+        self.new_classes = []
+        self._trained_on: int | None = None
+
+    # growth ---------------------------------------------------------------------------------
+
+    def adaptation(self, experience: Any) -> None:
+        """Widen the output for the labels of an experience; in training, grow by its classes."""
+        labels = sorted(int(c) for c in experience.classes_in_this_experience)
+        self.n_outputs = max(self.n_outputs, labels[-1] + 1)
+        if not self.training or experience.current_experience == self._trained_on:
+            return
+        new = [c for c in labels if c not in self.classes]
+        if not new:
+            raise ValueError(
+                f"ExpandableNet grows by the new classes of each experience; experience "
+                f"{experience.current_experience} brings none (its classes {labels} were all "
+                f"seen). Merge it with another, or train another method on this stream."
+            )
+        self._trained_on = experience.current_experience
+        self.grow(new)
+
+    def grow(self, new_classes: list[int]) -> None:
+        """Freeze what there is, append an extractor, widen the classifier, renew the other head."""
+        device = next(self.parameters()).device if self.extractors else None
+        if self.extractors:
+            newest = copy.deepcopy(self.extractors[-1])
+            for extractor in self.extractors:
+                extractor.requires_grad_(False)
+            newest.requires_grad_(True)
+        else:
+            newest = self._first.pop()
+        self.extractors.append(newest)
+        n_old, self.new_classes = len(self.classes), list(new_classes)
+        self.classes = [*self.classes, *new_classes]
+        self.n_outputs = max(self.n_outputs, max(new_classes) + 1)
+        old = self.classifier
+        self.classifier = nn.Linear(
+            self.width * len(self.extractors), len(self.classes), bias=False, device=device
+        )
+        nn.init.kaiming_normal_(self.classifier.weight, nonlinearity="linear")
+        if old is not None and self.inherit:
+            with torch.no_grad():
+                self.classifier.weight[:n_old, : old.in_features] = old.weight
+        self.auxiliary = nn.Linear(self.width, len(new_classes) + 1, device=device)
+        self.train(self.training)  # the frozen ones go to evaluation mode
+
+    def reset_heads(self) -> None:
+        """Draw the weights of both heads anew."""
+        for head in (self.classifier, self.auxiliary):
+            if head is not None:
+                head.reset_parameters()
+
+    def train(self, mode: bool = True) -> ExpandableNet:
+        """Set the mode; frozen extractors stay in evaluation mode, so their statistics stay."""
+        super().train(mode)
+        for extractor in list(self.extractors)[:-1]:
+            extractor.eval()
+        return self
+
+    # forward --------------------------------------------------------------------------------
+
+    def old_features(self, x: Tensor) -> Tensor | None:
+        """Features of the frozen extractors, ``(B, D (t - 1))``; ``None`` if there are none."""
+        frozen = list(self.extractors)[:-1]
+        if not frozen:
+            return None
+        with torch.no_grad():
+            return torch.cat([extractor(x) for extractor in frozen], dim=1)
+
+    def super_feature(self, x: Tensor) -> Tensor:
+        """All features, ``(B, D t)``, in the order of arrival."""
+        new, old = self.extractors[-1](x), self.old_features(x)
+        return new if old is None else torch.cat([old, new], dim=1)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Logits ``(B, n_outputs)`` of super-features, at the classes' labels."""
+        assert self.classifier is not None
+        z = self.classifier(features)
+        out = z.new_full((len(z), self.n_outputs), UNSEEN_LOGIT)
+        return out.index_copy(1, torch.tensor(self.classes, device=z.device), z)
+
+    def auxiliary_logits(self, features: Tensor) -> Tensor:
+        """Logits ``(B, 1 + new classes)`` of the auxiliary head, from super-features."""
+        assert self.auxiliary is not None
+        return self.auxiliary(features[:, -self.width :])
+
+    def auxiliary_labels(self, y: Tensor) -> Tensor:
+        """0 for every old class, j + 1 for the j-th new one."""
+        table = torch.zeros(self.n_outputs, dtype=torch.int64, device=y.device)
+        for j, label in enumerate(self.new_classes):
+            table[label] = j + 1
+        return table[y]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        if self.classifier is None:
+            return torch.full((len(x), self.n_outputs), UNSEEN_LOGIT, device=x.device)
+        return self.logits(self.super_feature(x))

@@ -1,0 +1,114 @@
+"""Recipes of ExpandableDER: CIFAR-100 as in the paper, without channel masks, and small twins.
+
+Schedules are those of the authors' released code. Class orders come from ``order_seeds``; 1993 is
+the order for which results of that code are on record (the paper's own three orders are PODNet's).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from avalanche_ext.recipes.base import Published, Recipe
+from avalanche_ext.recipes.drl_ber import ReplayRecipe
+from avalanche_ext.recipes.streams import SplitCIFAR100, SplitDigits, SplitMNIST
+
+__all__ = ["RECIPES", "ExpandableRecipe"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpandableRecipe(Recipe):
+    """A protocol of ExpandableDER.
+
+    Args:
+        mem: Exemplars in all.
+        mem_per_class: Exemplars of each class, instead.
+        auxiliary: Weight of the auxiliary loss.
+        warmup_epochs: Epochs in which the learning rate rises.
+        milestones: Epochs after them at which it falls by 0.1.
+        classifier_epochs: Epochs of stage 2.
+        classifier_milestones: Its milestones.
+        temperature: Its temperature.
+        inherit: Whether the classifier keeps its weights when it grows.
+        reset_heads: Whether the heads are drawn anew when the warm-up ends.
+    """
+
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    batch_size: int = 128
+    mem: int = 2000
+    mem_per_class: int | None = None
+    auxiliary: float = 1.0
+    warmup_epochs: int = 10
+    milestones: tuple[int, ...] = (100, 120)
+    classifier_epochs: int = 30
+    classifier_milestones: tuple[int, ...] = (15,)
+    temperature: float = 5.0
+    inherit: bool = True
+    reset_heads: bool = True
+    source: str = "Yan, Xie, He (2021), DER: Dynamically Expandable Representation"
+
+    def smoke(self) -> ExpandableRecipe:
+        """Few images, one epoch of each stage, one seed."""
+        small = super().smoke()
+        assert isinstance(small, ExpandableRecipe)
+        return dataclasses.replace(small, classifier_epochs=1, warmup_epochs=0, batch_size=16)
+
+
+_PAPER = "Yan, Xie, He (2021), table of CIFAR-100, without pruning"
+# Steps -> average incremental accuracy and its deviation over three class orders.
+_CIFAR100_B0 = {5: (0.7680, 0.0079), 10: (0.7536, 0.0036), 20: (0.7409, 0.0033),
+                50: (0.7241, 0.0036)}  # fmt: skip
+
+
+def _cifar100() -> dict[str, Recipe]:
+    made: dict[str, Recipe] = {}
+    for steps, (value, deviation) in _CIFAR100_B0.items():
+        name = f"expandable_der/cifar100_b0_{steps}"
+        figure = Published("average_incremental_accuracy_samples", value, deviation, _PAPER)
+        made[name] = ExpandableRecipe(
+            name=name, method="expandable_der", benchmark=SplitCIFAR100(n_experiences=steps),
+            backbone="cifar_resnet18", epochs=170, seeds=(0, 1, 2), order_seeds=(1993,),
+            published=(figure,),
+        )  # fmt: skip
+    return made
+
+
+_DIGITS = ExpandableRecipe(
+    name="", method="", benchmark=SplitDigits(), hidden=(100,), batch_size=32, epochs=20, mem=50,
+    warmup_epochs=2, milestones=(14,), classifier_epochs=10, classifier_milestones=(5,),
+)  # fmt: skip
+_MNIST = dataclasses.replace(
+    _DIGITS, benchmark=SplitMNIST(), hidden=(100, 100), batch_size=64, epochs=4, mem=300,
+    warmup_epochs=1, milestones=(2,), classifier_epochs=20, classifier_milestones=(10,),
+)  # fmt: skip
+
+
+def _small(recipe: ExpandableRecipe, stream: str) -> dict[str, Recipe]:
+    """The recipe and its ablation beside replay on one network, with the same exemplars."""
+    shared = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(Recipe)}
+    rivals = {
+        f"{method}/{stream}_expandable": ReplayRecipe(
+            **{**shared, "name": f"{method}/{stream}_expandable", "method": method},
+            mem=recipe.mem,
+        )
+        for method in ("naive", "shuffle_replay", "joint")
+    }
+    plain = f"expandable_der/{stream}_no_auxiliary"
+    rows: dict[str, Recipe] = {**rivals}
+    rows[plain] = dataclasses.replace(
+        recipe, name=plain, method="expandable_der", auxiliary=0.0,
+        title="ExpandableDER, no auxiliary loss",
+    )  # fmt: skip
+    main = f"expandable_der/{stream}"
+    rows[main] = dataclasses.replace(
+        recipe, name=main, method="expandable_der", baselines=tuple(rows)
+    )
+    return rows
+
+
+RECIPES: dict[str, Recipe] = {
+    **_small(_DIGITS, "split_digits"),
+    **_small(_MNIST, "split_mnist"),
+    **_cifar100(),
+}

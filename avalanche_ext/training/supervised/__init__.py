@@ -1,0 +1,1 @@
+"""Strategies that own a loop, or the growth of a model."""

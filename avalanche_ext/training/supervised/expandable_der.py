@@ -1,0 +1,275 @@
+r"""ExpandableDER: dynamically expandable representation, a class-incremental system in two stages.
+
+Not Dark Experience Replay, which is Avalanche's ``DER``.
+
+Reference:
+    S. Yan, J. Xie, X. He (2021), DER: Dynamically Expandable Representation for Class Incremental
+    Learning, CVPR.
+
+Stage 1 learns a new extractor beside the frozen ones, on the experience and the memory shuffled
+together:
+
+.. math:: L = L_{H} + \lambda_a L_{H^a}
+
+with the cross-entropy of the classifier over all classes seen and that of the auxiliary head over
+the new ones and "old". Stage 2 freezes all extractors, draws the classifier anew and trains it on
+as many samples of every class, with temperature: cross-entropy of :math:`z / T`. Then the memory is
+brought up to date by herding.
+
+Faithfulness:
+    1. Schedule, augmentation, stage 2 and the missing bias of the classifier are those of the
+       authors' released code; paper and code differ in one point, the old block of the classifier:
+       inherited (paper, ``inherit=True``) or, in effect, not (their code draws the heads anew when
+       warm-up ends: ``reset_heads=True``). The default is the code's.
+    2. Milestones count from the end of warm-up, as there.
+    3. The first experience has neither auxiliary loss nor stage 2.
+    4. The channel masks of the paper are not part of this strategy yet: every extractor keeps its
+       full width, the rows "w/o P" of the paper's tables.
+    5. Stage 2 runs before Avalanche's ``after_training_exp``, so what is evaluated is its result.
+       Plugins see stage 1 only.
+
+Cost: one more extractor per experience, in memory and in every forward pass; the frozen ones run
+without gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from avalanche.models.dynamic_optimizers import update_optimizer
+from avalanche.training.templates import SupervisedTemplate
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from avalanche_ext.models.expandable_net import ExpandableNet
+from avalanche_ext.training.checks import check_nonnegative
+from avalanche_ext.training.loading.flat_data import attribute_values
+from avalanche_ext.training.loading.sampling import seeded
+from avalanche_ext.training.loading.sources import source_for
+from avalanche_ext.training.plugins.shuffle_replay import ShuffleReplayPlugin
+from avalanche_ext.training.storage_policy.herding import HerdingMemory
+
+__all__ = ["ClassifierStage", "ExpandableDER", "Schedule"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate of an epoch: a linear warm-up, then a factor 0.1 at each milestone.
+
+    Args:
+        lr: Learning rate after warm-up.
+        warmup_epochs: In epoch e of the warm-up it is ``lr * (e + 1) / warmup_epochs``.
+        milestones: Epochs of the drops, counted from the end of the warm-up.
+    """
+
+    lr: float = 0.1
+    warmup_epochs: int = 10
+    milestones: tuple[int, ...] = (100, 120)
+
+    def at(self, epoch: int) -> float:
+        """The learning rate of an epoch, counted from 0."""
+        if epoch < self.warmup_epochs:
+            return self.lr * (epoch + 1) / self.warmup_epochs
+        drops = sum(epoch - self.warmup_epochs >= m for m in self.milestones)
+        return self.lr * 0.1**drops
+
+
+@dataclass(frozen=True)
+class ClassifierStage:
+    """Stage 2.
+
+    Args:
+        epochs: Passes over the balanced samples; 0 leaves stage 2 out.
+        schedule: Its learning rate.
+        temperature: Logits are divided by it in the loss, not at inference.
+    """
+
+    epochs: int = 30
+    schedule: Schedule = Schedule(0.1, 0, (15,))
+    temperature: float = 5.0
+
+
+class ExpandableDER(SupervisedTemplate):
+    """Grow one extractor per experience and retrain the classifier on balanced samples.
+
+    Args:
+        backbone: The first extractor; ``build_backbone(name, 0, in_shape)`` gives one.
+        mem: Exemplars in all (paper: 2000), or ``None``.
+        mem_per_class: Or exemplars of each class (paper: 20, where the first half comes at once).
+        auxiliary: Weight of the auxiliary loss (paper's code: 1).
+        schedule: Learning rate of stage 1.
+        classifier_stage: Stage 2.
+        momentum: Of both stages' SGD.
+        weight_decay: Of both.
+        inherit: Whether the classifier keeps its weights when it grows.
+        reset_heads: Whether both heads are drawn anew when the warm-up ends.
+        n_outputs: Least width of the output.
+        plugins: Avalanche plugins, before which the memory's own is put.
+        **options: Of Avalanche's ``SupervisedTemplate``.
+
+    Raises:
+        ValueError: For a bad argument; for an experience without a new class; for a memory that
+            holds less than one sample of each class.
+    """
+
+    model: ExpandableNet
+
+    def __init__(
+        self,
+        *,
+        backbone: nn.Module,
+        mem: int | None = 2000,
+        mem_per_class: int | None = None,
+        auxiliary: float = 1.0,
+        schedule: Schedule | None = None,
+        classifier_stage: ClassifierStage | None = None,
+        momentum: float = 0.9,
+        weight_decay: float = 5e-4,
+        inherit: bool = True,
+        reset_heads: bool = True,
+        n_outputs: int = 0,
+        plugins: Sequence[Any] | None = None,
+        **options: Any,
+    ) -> None:
+        check_nonnegative(
+            "ExpandableDER", auxiliary=auxiliary, momentum=momentum, weight_decay=weight_decay
+        )
+        self.auxiliary = auxiliary
+        self.schedule = schedule or Schedule()
+        self.classifier_stage = classifier_stage or ClassifierStage()
+        self.momentum, self.weight_decay = momentum, weight_decay
+        self.reset_heads = reset_heads
+        self.memory = HerdingMemory(mem, mem_per_class=mem_per_class)
+        self._features: Tensor | None = None
+        self._stages = 0  # how often stage 2 has been run: part of its seed
+        # Avalanche wants an optimizer before there is anything to train.
+        optimizer = torch.optim.SGD(
+            [nn.Parameter(torch.zeros(1))], self.schedule.lr, momentum, weight_decay=weight_decay
+        )
+        super().__init__(
+            model=ExpandableNet(backbone, n_outputs=n_outputs, inherit=inherit),
+            optimizer=optimizer,
+            plugins=[ShuffleReplayPlugin(storage_policy=self.memory), *(plugins or ())],
+            **options,
+        )
+
+    # stage 1 --------------------------------------------------------------------------------
+
+    def make_optimizer(self, **kwargs: Any) -> None:
+        """Begin anew with what is trained in this experience, and nothing frozen."""
+        live = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.optimized_param_id = update_optimizer(
+            self.optimizer, live, self.optimized_param_id, reset_state=True, remove_params=True
+        )
+
+    def _before_training_epoch(self, **kwargs: Any) -> None:
+        epoch = self.clock.train_exp_epochs
+        _set_rate(self.optimizer, self.schedule.at(epoch))
+        if self.reset_heads and epoch == self.schedule.warmup_epochs > 0:
+            self.model.reset_heads()
+        super()._before_training_epoch(**kwargs)
+
+    def forward(self) -> Tensor:
+        """Logits over all labels; in training the features are kept for the auxiliary head."""
+        if not self.is_training:
+            return self.model(self.mb_x)
+        self._features = self.model.super_feature(self.mb_x)
+        return self.model.logits(self._features)
+
+    def criterion(self) -> Tensor:
+        """The classifier's loss, in training with the auxiliary one."""
+        loss = super().criterion()
+        if not self.is_training or len(self.model.extractors) < 2 or not self.auxiliary:
+            self._features = None
+            return loss
+        assert self._features is not None
+        z = self.model.auxiliary_logits(self._features)
+        self._features = None
+        return loss + self.auxiliary * F.cross_entropy(z, self.model.auxiliary_labels(self.mb_y))
+
+    # stage 2 --------------------------------------------------------------------------------
+
+    def _after_training_exp(self, **kwargs: Any) -> None:
+        if len(self.model.extractors) > 1 and self.classifier_stage.epochs:
+            self._train_classifier()
+        super()._after_training_exp(**kwargs)
+
+    def _train_classifier(self) -> None:
+        stage, model, head = self.classifier_stage, self.model, self.model.classifier
+        assert head is not None
+        model.eval()
+        head.reset_parameters()
+        optimizer = torch.optim.SGD(
+            head.parameters(), stage.schedule.lr, self.momentum, weight_decay=self.weight_decay
+        )
+        self._stages += 1
+        draws = seeded(torch.initial_seed(), self._stages)
+        samples = self._balanced(draws)
+        for epoch in range(stage.epochs):
+            _set_rate(optimizer, stage.schedule.at(epoch))
+            for batch in samples.order(draws).split(self.train_mb_size):
+                x, y = (part.to(self.device) for part in samples.gather(batch, draws))
+                with torch.no_grad():
+                    features = model.super_feature(x)
+                optimizer.zero_grad()
+                z = model.logits(features)[:, model.classes] / stage.temperature
+                F.cross_entropy(z, _positions(y, model.classes)).backward()
+                optimizer.step()
+        model.train()
+
+    def _balanced(self, draws: torch.Generator) -> _Balanced:
+        """As many samples of each class, from the experience and the memory; drawn once."""
+        assert self.experience is not None
+        dataset = self.experience.dataset.train()
+        labels = attribute_values(dataset, "targets")
+        assert labels is not None
+        slots = self.memory.index().slots
+        stored = self.memory.labels(slots)[0].cpu() if len(slots) else labels[:0]
+        place = torch.cat([torch.arange(len(labels)), slots.cpu()])
+        old = torch.cat([torch.zeros_like(labels), torch.ones_like(stored)]).bool()
+        y = torch.cat([labels, stored])
+        counts = [int((y == c).sum()) for c in self.model.classes]
+        n = min(count for count in counts if count)
+        chosen = []
+        for c in self.model.classes:
+            mine = torch.nonzero(y == c)[:, 0]
+            chosen.append(mine[torch.randperm(len(mine), generator=draws)[:n]])
+        picked = torch.cat(chosen)
+        return _Balanced(source_for(self, dataset), self.memory, place[picked], old[picked])
+
+
+@dataclass
+class _Balanced:
+    """Samples of the experience and of the memory under common numbers."""
+
+    source: Any
+    memory: HerdingMemory
+    place: Tensor
+    old: Tensor
+
+    def order(self, draws: torch.Generator) -> Tensor:
+        return torch.randperm(len(self.place), generator=draws)
+
+    def gather(self, batch: Tensor, draws: torch.Generator) -> list[Tensor]:
+        """Images and labels of a batch, with the training transforms."""
+        old, place = self.old[batch], self.place[batch]
+        parts = [
+            part.gather(place[mine], draws)[:2]
+            for part, mine in ((self.source, ~old), (self.memory, old))
+            if bool(mine.any())
+        ]
+        return [torch.cat(columns) for columns in zip(*parts, strict=True)]
+
+
+def _positions(y: Tensor, classes: Sequence[int]) -> Tensor:
+    table = torch.zeros(max(classes) + 1, dtype=torch.int64, device=y.device)
+    table[torch.tensor(classes, device=y.device)] = torch.arange(len(classes), device=y.device)
+    return table[y]
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
