@@ -22,6 +22,7 @@ def split_cifar100(
     *,
     scenario: str = "class",
     class_order: Sequence[int] | None = None,
+    first_classes: int | None = None,
     train_per_experience: int | None = None,
     augment: bool = True,
     validation: bool = False,
@@ -38,6 +39,7 @@ def split_cifar100(
         n_experiences: A divisor of 100, or of the length of ``class_order``.
         scenario: ``"class"``-, ``"task"``- or ``"domain"``-incremental, see ``split_by_class``.
         class_order: The classes in the order of arrival; some of them only is a smaller benchmark.
+        first_classes: Classes of the first experience, where it is larger (50 in B50).
         train_per_experience: Keep this many random training images of each experience.
         augment: Whether training images are shifted and mirrored.
         validation: Test on a fifth of the training images instead; for choosing settings.
@@ -72,7 +74,7 @@ def split_cifar100(
     shift = [RandomCrop(32, padding=4), RandomHorizontalFlip()] if augment else []
     return split_by_class(
         train, test, n_experiences, scenario=scenario, class_order=class_order,
-        train_per_experience=train_per_experience, seed=seed,
+        first_classes=first_classes, train_per_experience=train_per_experience, seed=seed,
         train_transform=Compose([*shift, *to_float]), eval_transform=Compose(to_float),
     )  # fmt: skip
 

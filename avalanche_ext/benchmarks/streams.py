@@ -24,6 +24,7 @@ def split_by_class(
     *,
     scenario: str = "class",
     class_order: Sequence[int] | None = None,
+    first_classes: int | None = None,
     train_per_experience: int | None = None,
     seed: int = 0,
     **transforms: Any,
@@ -38,6 +39,9 @@ def split_by_class(
             label. ``"task"``: labels start again at 0 in every experience and the task label is
             given. ``"domain"``: labels start again at 0 and no task label is given.
         class_order: The classes in the order of arrival; ascending by default.
+        first_classes: Classes of the first experience, where it is larger than the others (half
+            of all, in the protocols called B50); ``"class"`` scenario only. The others divide
+            the rest.
         train_per_experience: Keep this many random training images of each experience.
         seed: Seed of that choice.
         **transforms: ``train_transform`` and ``eval_transform`` of the images.
@@ -50,13 +54,9 @@ def split_by_class(
     order = classes if class_order is None else [int(c) for c in class_order]
     if sorted(order) != classes:
         raise ValueError(f"class_order must be a permutation of {classes}; got {order}.")
-    if n_experiences < 1 or len(classes) % n_experiences:
-        raise ValueError(
-            f"{len(classes)} classes cannot be cut into {n_experiences} equal experiences; use a "
-            f"divisor of {len(classes)}."
-        )
-    per = len(classes) // n_experiences
-    chosen = [order[i * per : (i + 1) * per] for i in range(n_experiences)]
+    sizes = _sizes(len(classes), n_experiences, first_classes, scenario)
+    starts = [sum(sizes[:k]) for k in range(n_experiences)]
+    chosen = [order[start : start + n] for start, n in zip(starts, sizes, strict=True)]
     generator = torch.Generator().manual_seed(seed)
 
     def cut(images: Images, k: int) -> Images:
@@ -64,13 +64,32 @@ def split_by_class(
         own = torch.tensor(chosen[k])
         mine = torch.isin(y, own)
         position = (y[mine][:, None] == own).int().argmax(1)
-        return x[mine], position + (k * per if scenario == "class" else 0)
+        return x[mine], position + (starts[k] if scenario == "class" else 0)
 
     streams = [
         [cut(images, k) for k in range(n_experiences)] for images in (train, test)
     ]  # fmt: skip
     streams[0] = [_thin(images, train_per_experience, generator) for images in streams[0]]
     return benchmark_of(*streams, task_labels=scenario == "task", **transforms)
+
+
+def _sizes(n_classes: int, n: int, first: int | None, scenario: str) -> list[int]:
+    """Classes of each experience."""
+    if first is None:
+        if n < 1 or n_classes % n:
+            raise ValueError(
+                f"{n_classes} classes cannot be cut into {n} equal experiences; use a divisor of "
+                f"{n_classes}."
+            )
+        return [n_classes // n] * n
+    rest = n_classes - first
+    if scenario != "class" or n < 2 or not 0 < first < n_classes or rest % (n - 1):
+        raise ValueError(
+            f"first_classes={first} of {n_classes} leaves {rest}, which {n - 1} further "
+            f"experiences cannot divide equally; use n_experiences - 1 = a divisor of {rest}, and the 'class' "
+            f"scenario (got {scenario!r})."
+        )
+    return [first] + [rest // (n - 1)] * (n - 1)
 
 
 def benchmark_of(

@@ -87,7 +87,7 @@ def bytes_by_kind(strategy: Any) -> dict[str, int]:
         ``exemplars``; ``networks``: weights and buffers of teachers, generators and other networks
         beside the model; ``tensors``: what else plugins hold in tensors, such as importances, the
         parameters that they belong to, masks. What follows from the current data alone (samples
-        kept on the device, metrics, gradients of a step) is not counted.
+        kept on the device, metrics, single numbers) is not counted.
     """
     counted: set[int] = {id(p) for p in strategy.model.parameters()}
     counted |= {id(b) for b in strategy.model.buffers()} | {id(strategy.model), id(strategy)}
@@ -108,7 +108,8 @@ def _walk(value: Any, counted: set[int], sizes: dict[str, int]) -> None:
         counted.update(map(id, tensors))
         sizes["networks"] += sum(t.nbytes for t in tensors)
     elif isinstance(value, Tensor):
-        sizes["tensors"] += value.nbytes
+        if value.ndim:  # single numbers are reports, not memory
+            sizes["tensors"] += value.nbytes
     elif isinstance(value, Mapping):
         for part in value.values():
             _walk(part, counted, sizes)

@@ -140,9 +140,13 @@ class SplitMNIST(SplitDigits):
 
 @dataclass(frozen=True, kw_only=True)
 class SplitCIFAR100(SplitDigits):
-    """``benchmarks.split_cifar100``; a ``class_order`` of some classes is a smaller benchmark."""
+    """``benchmarks.split_cifar100``; a ``class_order`` of some classes is a smaller benchmark.
+
+    ``first_classes`` is the size of the first experience, where it is larger than the others.
+    """
 
     n_experiences: int = 10
+    first_classes: int | None = None
     augment: bool = True
     download: bool = False
 
@@ -161,7 +165,8 @@ class SplitCIFAR100(SplitDigits):
         from avalanche_ext.benchmarks import split_cifar100
 
         return split_cifar100(
-            self.n_experiences, augment=self.augment, download=self.download,
+            self.n_experiences, first_classes=self.first_classes, augment=self.augment,
+            download=self.download,
             **self.options(seed, order_seed),
         )  # fmt: skip
 

@@ -127,3 +127,32 @@ def test_permuted_mnist_moves_pixels_and_nothing_else(mnist_root):
         assert torch.equal(x.flatten(1).sort(1).values, test.flatten(1).sort(1).values)
     assert not torch.equal(streams[1][0], streams[2][0])
     assert counts(benchmark.train_stream) == [50, 50, 50]
+
+
+def test_a_larger_first_experience():
+    y = torch.arange(10).repeat(3)
+    images = (torch.arange(30.0)[:, None], y)
+    order = [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]
+    benchmark = split_by_class(images, images, 3, class_order=order, first_classes=4)
+    assert counts(benchmark.train_stream) == [12, 9, 9]
+    labels = [sorted(set(tensors(e)[1].tolist())) for e in benchmark.test_stream]
+    assert labels == [[0, 1, 2, 3], [4, 5, 6], [7, 8, 9]]
+    x, y, _ = tensors(benchmark.train_stream[1])
+    assert {(int(a) % 10, int(b)) for a, b in zip(x[:, 0], y, strict=True)} == {
+        (5, 4), (4, 5), (3, 6),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"n_experiences": 4, "first_classes": 5},
+        {"n_experiences": 1, "first_classes": 5},
+        {"n_experiences": 3, "first_classes": 10},
+        {"n_experiences": 3, "first_classes": 4, "scenario": "domain"},
+    ],
+)
+def test_a_first_experience_that_cannot_be(options):
+    images = (torch.zeros(10, 1), torch.arange(10))
+    with pytest.raises(ValueError, match=f"first_classes={options['first_classes']} of 10"):
+        split_by_class(images, images, **options)

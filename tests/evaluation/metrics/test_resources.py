@@ -10,7 +10,7 @@ from avalanche.models.icarl_resnet import make_icarl_net
 from avalanche.training.plugins import EvaluationPlugin, ReplayPlugin
 from torch import nn
 
-from avalanche_ext import MLP, BERPlugin
+from avalanche_ext import MLP, BERPlugin, DRLPlugin
 from avalanche_ext.evaluation.accounting import (
     bytes_by_kind,
     bytes_remembered,
@@ -172,13 +172,15 @@ def test_bytes_by_kind_of_methods_that_keep_other_things():
     kinds = {}
     plugins = {
         "plain": [], "ewc": [EWCPlugin(1.0)], "lwf": [LwFPlugin(1.0, 2.0)],
-        "ber": [BERPlugin(mem=5)], "both": [EWCPlugin(1.0), BERPlugin(mem=5)],
+        "ber": [BERPlugin(mem=5)], "drl": [DRLPlugin(lam=1e-3)],
+        "both": [EWCPlugin(1.0), BERPlugin(mem=5)],
     }  # fmt: skip
     for name, used in plugins.items():
         strategy = naive(MLP(8, (16,), 6), used)
         for experience in stream.train_stream:
             strategy.train(experience)
         kinds[name] = bytes_by_kind(strategy)
+    assert kinds["drl"] == kinds["plain"]
     assert kinds["plain"] == {"exemplars": 0, "networks": 0, "tensors": 0}
     # EWC: importances and weights behind each of two experiences.
     assert kinds["ewc"] == {"exemplars": 0, "networks": 0, "tensors": 4 * parameters}
