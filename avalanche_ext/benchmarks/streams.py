@@ -86,8 +86,8 @@ def _sizes(n_classes: int, n: int, first: int | None, scenario: str) -> list[int
     if scenario != "class" or n < 2 or not 0 < first < n_classes or rest % (n - 1):
         raise ValueError(
             f"first_classes={first} of {n_classes} leaves {rest}, which {n - 1} further "
-            f"experiences cannot divide equally; use n_experiences - 1 = a divisor of {rest}, and the 'class' "
-            f"scenario (got {scenario!r})."
+            f"experiences cannot divide equally; use n_experiences - 1 = a divisor of {rest}, and "
+            f"the 'class' scenario (got {scenario!r})."
         )
     return [first] + [rest // (n - 1)] * (n - 1)
 
