@@ -130,7 +130,8 @@ _TOY_ROWS = (
 
 def _toy(track: str) -> dict[str, ReplayRecipe]:
     lr, mem, frames, max_groups = _TOY[track]
-    rows = [row for row in _TOY_ROWS if (track, row) != ("nic", "joint")]
+    # Training anew on all data behind each of many experiences takes hours.
+    rows = [row for row in _TOY_ROWS if track == "ni" or row != "joint"]
     return {
         f"{method}/toy_core50_{track}": ReplayRecipe(
             name=f"{method}/toy_core50_{track}",
