@@ -13,11 +13,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import numpy as np
 
 from avalanche_ext.evaluation.accuracy_matrix import Matrix, filled, seen_accuracies
 
 __all__ = [
     "CHALLENGE_WEIGHTS",
+    "ChallengeScores",
     "average_validation_accuracy",
     "average_validation_accuracy_seen",
     "cl_score",
@@ -34,6 +38,35 @@ CHALLENGE_WEIGHTS: dict[str, float] = {
 }
 
 
+@dataclass(frozen=True)
+class ChallengeScores:
+    """The seven raw numbers, and the one that the challenge does not have.
+
+    Args:
+        final_test_accuracy: 0 to 1, behind the last experience; the mean over test experiences.
+        average_validation_accuracy: Over experiences and all tasks, 0 to 1.
+        minutes: From the start to the end of training, validation included, test left out.
+        mean_ram_mb: Resident memory of the process, in MB of 2^20 bytes, a sample per epoch.
+        max_ram_mb: The largest sample.
+        mean_disk_mb: Size of the external memory, likewise; 0 where there is none.
+        max_disk_mb: The largest.
+        average_validation_accuracy_seen: Over the tasks seen so far; not the challenge's.
+    """
+
+    final_test_accuracy: float
+    average_validation_accuracy: float
+    minutes: float
+    mean_ram_mb: float
+    max_ram_mb: float
+    mean_disk_mb: float
+    max_disk_mb: float
+    average_validation_accuracy_seen: float
+
+    def to_json(self) -> dict[str, float]:
+        """Names and numbers, for ``json.dumps``."""
+        return asdict(self)
+
+
 def average_validation_accuracy(matrix: Matrix) -> float:
     r"""Mean over training of the accuracy on all test experiences, :math:`\frac1{T K}\sum_{i,j} a_{ij}`.
 
@@ -41,16 +74,22 @@ def average_validation_accuracy(matrix: Matrix) -> float:
     reaches :math:`\frac19\sum_k k/9 = 5/9`. ``nan`` where nothing ahead of training was tested.
 
     Args:
-        matrix: Accuracies ``(T, K)`` on the validation stream after each experience, ``K`` = ``T``
-            tasks or 1.
+        matrix: Accuracies ``(T, K)`` on the validation stream after each of the experiences so
+            far; ``K`` is 1 or the number of tasks.
     """  # noqa: E501 - one formula
-    return float(filled(matrix).mean())
+    return float(filled(matrix).mean() if _ended(matrix) else np.mean(matrix))
 
 
 def average_validation_accuracy_seen(matrix: Matrix) -> float:
     """The same over the tasks seen so far, which is ``average_incremental_accuracy``."""
-    values = seen_accuracies(matrix)
+    known = matrix if _ended(matrix) else [row[: i + 1] for i, row in enumerate(matrix)]
+    values = seen_accuracies(known)
     return sum(values) / len(values)
+
+
+def _ended(matrix: Matrix) -> bool:
+    """Whether the stream has ended: before, there are fewer rows than tasks."""
+    return len({len(row) for row in matrix}) != 1 or len(matrix) >= len(matrix[0])
 
 
 def cl_score(values: Mapping[str, float], weights: Mapping[str, float]) -> float:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 __all__ = ["ClassCounter", "EventLog", "Logs", "Progress", "SampleCounter"]
+
+_SILENCE = 10.0  # seconds between two lines of a run that has no terminal
 
 
 class EventLog(BaseLogger):
@@ -70,7 +74,8 @@ class Progress(SupervisedPlugin):
     """A progress bar over the current samples of all epochs and experiences.
 
     It shows the experience, the epoch, samples per second (of the experience itself, not replayed
-    ones) and the time left. Drawn on a terminal only.
+    ones) and the time left. Both are of the whole run so far, evaluations included. Drawn on a
+    terminal only; elsewhere ``say`` may be told, at most once per experience and in 10 seconds.
 
     Args:
         title: Text in front of the bar.
@@ -78,6 +83,7 @@ class Progress(SupervisedPlugin):
         epochs: Epochs per experience.
         file: Where to draw; standard error by default.
         shown: Whether to draw; by default if ``file`` is a terminal.
+        say: Called with a line of text where no bar is drawn; nothing is said by default.
     """
 
     def __init__(
@@ -88,18 +94,28 @@ class Progress(SupervisedPlugin):
         *,
         file: Any = None,
         shown: bool | None = None,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         super().__init__()
-        self.sizes, self.epochs = list(sizes), epochs
+        self.title, self.sizes, self.epochs = title, list(sizes), epochs
         self._begun, self._steps, self._step = 0, 1, 0
+        self._experience, self._at = 0, 0
+        # A step of tqdm's own choosing and a mean over the last moments stop the bar at evaluations
+        # and leave their time out of the forecast.
         self._bar = tqdm(
             total=sum(self.sizes) * epochs, desc=title, unit=" samples", unit_scale=True,
             leave=False, file=file, disable=None if shown is None else not shown,
+            miniters=1, smoothing=0,
         )  # fmt: skip
+        self._say = say
+        # Of this process: where it began, where it is, when it began and spoke last.
+        self._first = self._here = 0
+        self._started = self._spoke = time.monotonic()
 
     def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
         """Name the experience and the epoch."""
         k, epoch = strategy.clock.train_exp_counter, strategy.clock.train_exp_epochs
+        self._experience = k
         self._begun = (sum(self.sizes[:k]) * self.epochs) + self.sizes[k] * epoch
         self._steps = max(1, len(strategy.dataloader))
         self._step = 0
@@ -110,20 +126,37 @@ class Progress(SupervisedPlugin):
 
     def after_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
         """Advance by the step's share of the epoch."""
+        self._step += 1
         if self._bar.disable:
             return
-        self._step += 1
-        k = strategy.clock.train_exp_counter
         share = min(1.0, self._step / self._steps)
-        self._move(self._begun + round(share * self.sizes[k]))
+        self._move(self._begun + round(share * self.sizes[self._experience]))
 
     def after_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
         """Advance to the end of the epoch."""
-        self._move(self._begun + self.sizes[strategy.clock.train_exp_counter])
+        self._move(self._begun + self.sizes[self._experience])
+
+    def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        """Advance to the end of the experience, however many epochs it took, and say so."""
+        k = self._experience
+        self._move(sum(self.sizes[: k + 1]) * self.epochs)
+        now = time.monotonic()
+        if self._say is None or not self._bar.disable or now - self._spoke < _SILENCE:
+            return
+        if self._at == self._first:  # no samples, no forecast
+            return
+        self._spoke = now
+        rate = (self._at - self._first) / (now - self._started)
+        left = (sum(self.sizes) * self.epochs - self._at) / rate
+        self._say(
+            f"{self.title}: experience {k + 1}/{len(self.sizes)} trained on, "
+            f"{rate:,.0f} samples/s, {timedelta(seconds=round(left))} left"
+        )
 
     def skip(self, experiences: int) -> None:
         """Begin behind the experiences of an earlier process, which do not count as progress."""
-        self._bar.initial = self._bar.n = sum(self.sizes[:experiences]) * self.epochs
+        self._at = self._here = self._first = sum(self.sizes[:experiences]) * self.epochs
+        self._bar.initial = self._bar.n = self._at
         self._bar.refresh()
 
     def close(self) -> None:
@@ -131,7 +164,15 @@ class Progress(SupervisedPlugin):
         self._bar.close()
 
     def _move(self, to: int) -> None:
+        if self._at != self._here:  # a checkpoint from inside an experience has moved it
+            self._first += self._at - self._here
+            self._bar.initial, self._bar.n = self._first, self._at
+        self._at = self._here = to
         self._bar.update(to - self._bar.n)
+
+    def __getstate__(self) -> dict[str, Any]:
+        mine = ("_bar", "_say", "_first", "_here", "_started", "_spoke")
+        return {name: value for name, value in self.__dict__.items() if name not in mine}
 
 
 class SampleCounter(SupervisedPlugin):

@@ -27,6 +27,7 @@ from avalanche_ext.evaluation.tables import COLUMNS, measured_fields
 from avalanche_ext.experiments.checkpoint import Checkpoints
 from avalanche_ext.experiments.observers import ClassCounter, Logs, Progress, SampleCounter
 from avalanche_ext.experiments.provenance import commit, peak_memory, versions
+from avalanche_ext.experiments.sample_grids import SampleGrids
 from avalanche_ext.models.backbones import build_backbone, freeze
 from avalanche_ext.recipes import Recipe
 from avalanche_ext.recipes.settings import completed, to_json
@@ -112,7 +113,7 @@ def run_recipe(
     for member, (seed, order_seed), home in missing:
         result = run_seed(
             member, seed, home, order_seed=order_seed, device=device,
-            checkpoint_every=checkpoint_every, trust_checkpoint=trust_checkpoint,
+            checkpoint_every=checkpoint_every, trust_checkpoint=trust_checkpoint, say=say,
         )  # fmt: skip
         lost = result.get("forgetting")
         say(
@@ -157,6 +158,7 @@ def run_seed(
     device: str = "cpu",
     checkpoint_every: int | None = None,
     trust_checkpoint: bool = False,
+    say: Say | None = None,
 ) -> dict[str, Any]:
     """Train and test one seed; write ``events.jsonl``, ``tensorboard/`` and ``result.json``.
 
@@ -175,12 +177,12 @@ def run_seed(
     RNGManager.set_random_seeds(seed)  # after the benchmark, which draws random numbers too
     logs = Logs(folder)
     title = f"{card.title}, seed {seed}"
-    progress = Progress(title, _sizes(benchmark.train_stream), recipe.epochs)
+    progress = Progress(title, _sizes(benchmark.train_stream), recipe.epochs, say=say)
     challenge = ChallengeMetrics()
     counter, classes = SampleCounter(), ClassCounter(recipe.benchmark.n_outputs)
     strategy = build_strategy(
         recipe,
-        plugins=[counter, classes, progress],
+        plugins=[counter, classes, progress, SampleGrids(logs.board.writer)],
         evaluator=EvaluationPlugin(
             loss_metrics(epoch=True),
             accuracy_metrics(experience=True, stream=True),

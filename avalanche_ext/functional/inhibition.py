@@ -14,7 +14,8 @@ quadratic form ``tr(H W H^T) / B``, so all that a faster evaluation has to do is
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -40,8 +41,18 @@ Reduction = Literal["paper", "pair_mean"]
 Signed = Literal["error", "product", "abs_moment"]
 
 
-class InhibitionForm(NamedTuple):
-    """Which of the four regularisers, and how it is evaluated (see ``inhibition_loss``)."""
+@dataclass(frozen=True)
+class InhibitionForm:
+    """Which of the four regularisers, and how it is evaluated (see ``inhibition_loss``).
+
+    Attributes:
+        local: Whether inhibition fades with the distance of units.
+        discount: Whether units that are important to earlier experiences are spared.
+        combine: Discount of a pair.
+        reduction: Divisor.
+        signed: What to do with negative activations.
+        method: How to multiply by the weights of pairs.
+    """
 
     local: bool
     discount: bool
@@ -49,6 +60,12 @@ class InhibitionForm(NamedTuple):
     reduction: Reduction = "paper"
     signed: Signed = "error"
     method: Method = "auto"
+
+    def __post_init__(self) -> None:
+        check_choice("combine", self.combine, ("product", "min"))
+        check_choice("reduction", self.reduction, ("paper", "pair_mean"))
+        check_choice("signed", self.signed, ("error", "product", "abs_moment"))
+        check_choice("method", self.method, ("auto", "dense", "fft", "low_rank"))
 
 
 FORMS: dict[str, InhibitionForm] = {
@@ -188,7 +205,7 @@ class _Quadratic(torch.autograd.Function):
         product = operator.apply(h)
         ctx.save_for_backward(h, product)
         ctx.operator, ctx.scale = operator, scale
-        rows = torch.einsum("bn,bn->b", product, h)  # added up in float64: rows may cancel
+        rows = (product * h).sum(1)  # added up in float64
         return (rows.double().sum() * scale).to(h.dtype)
 
     @staticmethod

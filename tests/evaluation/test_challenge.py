@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from avalanche_ext.benchmarks import toy_core50
 from avalanche_ext.evaluation.challenge import (
     CHALLENGE_WEIGHTS,
+    ChallengeScores,
     average_validation_accuracy,
     average_validation_accuracy_seen,
     cl_score,
@@ -59,15 +61,36 @@ def test_wrong_scores(values, weights, text):
         cl_score(values, weights)
 
 
+def test_before_the_end_there_are_fewer_rows_than_tasks():
+    matrix = [[0.8, 0.1, 0.0], [0.4, 0.6, 0.2]]
+    assert average_validation_accuracy(matrix) == pytest.approx(2.1 / 6)
+    assert average_validation_accuracy_seen(matrix) == pytest.approx((0.8 + 0.5) / 2)
+    assert average_validation_accuracy(matrix[:1]) == pytest.approx(0.3)
+    assert average_validation_accuracy_seen(matrix[:1]) == pytest.approx(0.8)
+    with pytest.raises(ValueError, match=r"got \(3, 2\)"):
+        average_validation_accuracy([[0.1, 0.2]] * 3)
+
+
+def test_scores_as_json():
+    numbers = {
+        "final_test_accuracy": 0.83, "average_validation_accuracy": 0.79, "minutes": 19.88,
+        "mean_ram_mb": 16503.0, "max_ram_mb": 16600.0, "mean_disk_mb": 0.0, "max_disk_mb": 0.0,
+        "average_validation_accuracy_seen": 0.79,
+    }  # fmt: skip
+    scores = ChallengeScores(**numbers)
+    assert json.loads(json.dumps(scores.to_json())) == numbers
+
+
 class Constant(nn.Module):
     """Answers one class, whatever it sees."""
 
-    def __init__(self, label: int) -> None:
+    def __init__(self, label: int, classes: int = 10) -> None:
         super().__init__()
-        self.label, self.weight = label, nn.Parameter(torch.zeros(1))
+        self.label, self.classes, self.weight = label, classes, nn.Parameter(torch.zeros(1))
 
     def forward(self, x):
-        return nn.functional.one_hot(torch.full((len(x),), self.label), 10).float() + self.weight
+        answers = torch.full((len(x),), self.label)
+        return nn.functional.one_hot(answers, self.classes).float() + self.weight
 
 
 @pytest.mark.parametrize(("track", "shares"), [("ni", [0.1] * 8), ("nc", [0.1])])
@@ -84,6 +107,10 @@ def test_metrics_of_a_network_that_answers_one_class(track, shares, tmp_path):
         strategy.train(experience)
         strategy.eval(benchmark.valid_stream)
         assert "ChallengeTestAccuracy" not in metrics.result()
+        so_far = metrics.result()["ChallengeAverageValidationAccuracy"]
+        assert so_far == pytest.approx(0.1)  # of all classes, from the first experience on
+        with pytest.raises(ValueError, match="has no final_test_accuracy yet"):
+            metrics.scores()
     before = metrics.result()["ChallengeMinutes"]
     named = strategy.eval(benchmark.test_stream)
     values = metrics.result()
@@ -94,6 +121,53 @@ def test_metrics_of_a_network_that_answers_one_class(track, shares, tmp_path):
     assert 50 < values["ChallengeMeanRAM"] <= values["ChallengeMaxRAM"] < 50_000
     assert named["ChallengeTestAccuracy/eval_phase/test_stream"] == pytest.approx(0.1)
     assert len(metrics._ram) == 2 * len(benchmark.train_stream)
+    scores = metrics.scores()
+    assert sorted(scores.to_json().values()) == sorted(values.values())
+    assert scores.final_test_accuracy == values["ChallengeTestAccuracy"]
+    assert scores.average_validation_accuracy == values["ChallengeAverageValidationAccuracy"]
+    assert scores.minutes == values["ChallengeMinutes"]
+    assert scores.max_ram_mb == values["ChallengeMaxRAM"]
+    assert scores.mean_disk_mb == values["ChallengeMeanDisk"]
+
+
+def test_of_a_stream_of_tasks_the_average_is_over_all_of_them():
+    """A network that answers label 12 is right on a fifth of the second of three tasks."""
+    benchmark = toy_core50("nc", objects=20, train_sessions=1, frames=20, size=8)
+    metrics, model = ChallengeMetrics(), Constant(12, 20)
+    strategy = Naive(
+        model=model, optimizer=torch.optim.SGD(model.parameters(), 0.0), train_mb_size=500,
+        evaluator=EvaluationPlugin(metrics, strict_checks=False),
+    )  # fmt: skip
+    seen = []
+    for experience in benchmark.train_stream:
+        strategy.train(experience)
+        strategy.eval(benchmark.valid_stream)
+        strategy.eval(benchmark.test_stream[:1])  # no part of the validation
+        values = metrics.result()
+        assert values["ChallengeAverageValidationAccuracy"] == pytest.approx(0.2 / 3)
+        assert values["ChallengeTestAccuracy"] == 0
+        seen.append(values["ChallengeAverageValidationAccuracySeen"])
+    assert seen == pytest.approx([0, (0 + 0.1) / 2, (0 + 0.1 + 0.2 / 3) / 3])
+
+
+def test_without_a_validation_stream_the_test_stream_stands_in():
+    from tests.conftest import class_stream
+
+    benchmark = class_stream(3)
+    metrics, model = ChallengeMetrics(), Constant(2, 6)
+    strategy = Naive(
+        model=model, optimizer=torch.optim.SGD(model.parameters(), 0.0), train_mb_size=500,
+        evaluator=EvaluationPlugin(metrics, strict_checks=False),
+    )  # fmt: skip
+    for experience in benchmark.train_stream:
+        strategy.train(experience)
+        before = metrics.result()["ChallengeMinutes"]
+        strategy.eval(benchmark.test_stream)
+        assert metrics.result()["ChallengeMinutes"] == before
+    scores = metrics.scores()
+    assert scores.average_validation_accuracy == pytest.approx(0.5 / 3)
+    assert scores.final_test_accuracy == pytest.approx(0.5 / 3)
+    assert scores.average_validation_accuracy_seen == pytest.approx((0 + 0.25 + 0.5 / 3) / 3)
 
 
 def test_a_missing_evaluation_leaves_the_average_out():

@@ -22,6 +22,7 @@ from avalanche.evaluation.metric_results import MetricValue
 from avalanche.evaluation.metric_utils import get_metric_name
 
 from avalanche_ext.evaluation.challenge import (
+    ChallengeScores,
     average_validation_accuracy,
     average_validation_accuracy_seen,
 )
@@ -30,6 +31,17 @@ from avalanche_ext.evaluation.metrics.device import DeviceAccuracy
 __all__ = ["ChallengeMetrics"]
 
 _MB = 2**20
+# field of ChallengeScores -> name under which Avalanche's loggers see it
+_FIELDS = {
+    "final_test_accuracy": "ChallengeTestAccuracy",
+    "average_validation_accuracy": "ChallengeAverageValidationAccuracy",
+    "minutes": "ChallengeMinutes",
+    "mean_ram_mb": "ChallengeMeanRAM",
+    "max_ram_mb": "ChallengeMaxRAM",
+    "mean_disk_mb": "ChallengeMeanDisk",
+    "max_disk_mb": "ChallengeMaxDisk",
+    "average_validation_accuracy_seen": "ChallengeAverageValidationAccuracySeen",
+}
 # When a metric's clock was last read. Times of one process mean nothing in another, so they are
 # kept out of the metric, which a checkpoint may restore elsewhere.
 _READ: weakref.WeakKeyDictionary[Any, float] = weakref.WeakKeyDictionary()
@@ -39,7 +51,8 @@ class ChallengeMetrics(PluginMetric[dict]):
     """Emits the challenge's numbers after each evaluation of the validation or the test stream.
 
     Args:
-        valid: Name of the stream that is evaluated after every experience.
+        valid: Name of the stream that is evaluated after every experience. Where the benchmark
+            has none of that name the test stream stands in, whose time is not counted.
         disk: Folder of the external memory; without one its size is 0.
 
     Raises:
@@ -73,7 +86,7 @@ class ChallengeMetrics(PluginMetric[dict]):
         """The numbers so far; those that are not defined yet are left out."""
         values = {"ChallengeMinutes": self._seconds / 60}
         rows = [self._validation[k] for k in sorted(self._validation) if k]
-        if rows and len(rows) == self._trained and len(rows[0]) in (1, len(rows)):
+        if len(rows) == self._trained and _is_matrix(rows):
             values["ChallengeAverageValidationAccuracy"] = average_validation_accuracy(rows)
             seen = average_validation_accuracy_seen(rows)
             values["ChallengeAverageValidationAccuracySeen"] = seen
@@ -84,6 +97,21 @@ class ChallengeMetrics(PluginMetric[dict]):
                 values[f"ChallengeMean{name}"] = sum(samples) / len(samples)
                 values[f"ChallengeMax{name}"] = max(samples)
         return values
+
+    def scores(self) -> ChallengeScores:
+        """All of the challenge's numbers, behind the last evaluation of the test stream.
+
+        Raises:
+            ValueError: If one of them is not defined.
+        """
+        values = self.result()
+        missing = [field for field, name in _FIELDS.items() if name not in values]
+        if missing:
+            raise ValueError(
+                f"ChallengeMetrics has no {', '.join(missing)} yet: evaluate the validation stream "
+                f"after every experience, and the test stream at the end."
+            )
+        return ChallengeScores(**{field: values[name] for field, name in _FIELDS.items()})
 
     def before_training_exp(self, strategy: Any) -> None:
         """Count the experience, start the clock."""
@@ -127,15 +155,15 @@ class ChallengeMetrics(PluginMetric[dict]):
 
     def after_eval(self, strategy: Any) -> list[MetricValue] | None:
         """Keep the stream's accuracies and emit what is defined."""
-        stream = strategy.experience.origin_stream.name
-        if stream == self.valid:
-            self._validation[self._trained] = self._row
-            if not strategy.is_training:
-                self._read_clock()
-        elif stream == "test":
+        stream = strategy.experience.origin_stream
+        if stream.name not in (self.valid, "test"):
+            return None
+        if stream.name == "test":
             self._test = self._row
         else:
-            return None
+            self._read_clock()
+        if stream.name == self.valid or self.valid not in _streams(stream):
+            self._validation[self._trained] = self._row
         return [
             MetricValue(
                 self,
@@ -150,6 +178,17 @@ class ChallengeMetrics(PluginMetric[dict]):
         now = time.perf_counter()
         self._seconds += now - _READ.get(self, now)
         _READ[self] = now
+
+
+def _is_matrix(rows: list[list[float]]) -> bool:
+    """Whether all tasks were evaluated each time, and they are one or those of training."""
+    widths = {len(row) for row in rows}
+    return len(widths) == 1 and not 1 < min(widths) < len(rows)
+
+
+def _streams(stream: Any) -> Any:
+    """Names of the streams of a stream's benchmark."""
+    return getattr(getattr(stream, "benchmark", None), "streams", {})
 
 
 def _size(folder: str | None) -> int:
