@@ -31,7 +31,12 @@ _PUBLIC = {
     "ClassifierStage": "training.supervised.expandable_der",
     "ExpandableDER": "training.supervised.expandable_der",
     "Schedule": "training.supervised.expandable_der",
+    "ChannelMasks": "models.expandable_net",
     "ExpandableNet": "models.expandable_net",
+    "GatedNetwork": "models.channel_gates",
+    "find_channel_groups": "models.channel_groups",
+    "fold_batch_norms": "models.pruning",
+    "prune_channels": "models.pruning",
     "GradientDiversity": "evaluation.metrics.gradient_diversity",
     "FixedSizeClassifier": "models.heads",
     "MLP": "models.mlp",
@@ -44,6 +49,7 @@ __all__ = [
     "AccuracyMatrixMetrics",
     "BERPlugin",
     "ChallengeMetrics",
+    "ChannelMasks",
     "ClassBalancedMemory",
     "ClassifierStage",
     "CompilePlugin",
@@ -56,6 +62,7 @@ __all__ = [
     "ExpandableNet",
     "ExperienceBalancedMemory",
     "FixedSizeClassifier",
+    "GatedNetwork",
     "GradientDiversity",
     "HerdingMemory",
     "PrecisionPlugin",
@@ -66,6 +73,9 @@ __all__ = [
     "__version__",
     "build_backbone",
     "drl_loss",
+    "find_channel_groups",
+    "fold_batch_norms",
+    "prune_channels",
 ]
 
 if TYPE_CHECKING:
@@ -75,9 +85,12 @@ if TYPE_CHECKING:
     from avalanche_ext.evaluation.metrics.resources import ResourceMetrics
     from avalanche_ext.functional.drl import drl_loss
     from avalanche_ext.models.backbones import build_backbone
-    from avalanche_ext.models.expandable_net import ExpandableNet
+    from avalanche_ext.models.channel_gates import GatedNetwork
+    from avalanche_ext.models.channel_groups import find_channel_groups
+    from avalanche_ext.models.expandable_net import ChannelMasks, ExpandableNet
     from avalanche_ext.models.heads import FixedSizeClassifier
     from avalanche_ext.models.mlp import MLP
+    from avalanche_ext.models.pruning import fold_batch_norms, prune_channels
     from avalanche_ext.training.plugins.ber import BERPlugin
     from avalanche_ext.training.plugins.compile import CompilePlugin
     from avalanche_ext.training.plugins.data_parallel import DataParallelPlugin

@@ -162,8 +162,15 @@ def _cumulative() -> type:
 
 
 def _expandable_der(recipe: Any, **options: Any) -> Any:
-    from avalanche_ext import ClassifierStage, ExpandableDER, Schedule, build_backbone
+    from avalanche_ext import (
+        ChannelMasks,
+        ClassifierStage,
+        ExpandableDER,
+        Schedule,
+        build_backbone,
+    )
 
+    masks = ChannelMasks(recipe.lam, recipe.s_max, recipe.gate_lr_factor)
     return ExpandableDER(
         backbone=build_backbone(
             recipe.backbone, 0, recipe.benchmark.in_shape, pretrained=recipe.pretrained,
@@ -172,6 +179,8 @@ def _expandable_der(recipe: Any, **options: Any) -> Any:
         mem=None if recipe.mem_per_class else recipe.mem,
         mem_per_class=recipe.mem_per_class,
         auxiliary=recipe.auxiliary,
+        prune=masks if recipe.prune else None,
+        lookahead=recipe.lookahead,
         schedule=Schedule(recipe.lr, recipe.warmup_epochs, recipe.milestones),
         classifier_stage=ClassifierStage(
             recipe.classifier_epochs,

@@ -31,7 +31,7 @@ from avalanche_ext.training.wrapping import unwrap, wrap
 
 __all__ = ["Checkpoints", "UntrustedCheckpointError"]
 
-_FORMAT = 1
+_FORMAT = 2
 # What the loop sets anew, and what belongs to the process.
 _NOT_STATE = {
     "experience", "adapted_dataset", "dataloader", "mbatch", "mb_output", "loss", "device",
@@ -145,9 +145,11 @@ class Checkpoints:
             self._pending = None
             self._put(pending)
             strategy.evaluator.loggers = self._loggers
-            for part in (loader, getattr(loader, "current", None)):
-                if hasattr(part, "epoch"):  # ours count how often they have been iterated
+            part = loader
+            while part is not None:  # ours count how often they have been iterated
+                if hasattr(part, "epoch"):
                     setattr(part, "epoch", pending["epoch"])  # noqa: B010
+                part = getattr(part, "loader", getattr(part, "current", None))
             skip = pending["step"]
         strategy.dataloader = _Paced(self, loader, skip, pending)
         return inner(**kwargs)
@@ -189,6 +191,7 @@ class Checkpoints:
         return {
             "format": _FORMAT,
             "experience": experience,
+            "plugins": self._plugin_names(),
             "strategy": graph,
             "pickled": {k: _as_tensor(pickle.dumps(vars(p))) for k, p in pickled.items()},
             "random": random_state(),
@@ -210,7 +213,16 @@ class Checkpoints:
             return False
         return True
 
+    def _plugin_names(self) -> list[str]:
+        return [type(plugin).__name__ for plugin in self.strategy.plugins]
+
     def _put(self, saved: dict[str, Any]) -> None:
+        if saved["plugins"] != self._plugin_names():
+            raise ValueError(
+                f"the checkpoint in {self.folder} belongs to a strategy with the plugins "
+                f"{saved['plugins']}; this one has {self._plugin_names()}. Build the strategy as "
+                f"it was, or begin again with --overwrite."
+            )
         if saved["pickled"] and not self.trusted:
             raise UntrustedCheckpointError(
                 f"the checkpoint in {self.folder} holds pickled state "

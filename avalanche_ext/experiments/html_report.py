@@ -30,6 +30,7 @@ from avalanche_ext.experiments.run_folder import Run, changed_settings, with_all
 from avalanche_ext.experiments.svg_charts import (
     PALETTE,
     Series,
+    channel_map,
     color_of,
     column_chart,
     heat_map,
@@ -45,7 +46,7 @@ _PLAIN = ("title", "recipe", "seeds", "accuracy_matrices")
 def page(run: Run) -> str:
     """The page as text."""
     style = resources.files("avalanche_ext.experiments").joinpath("report_style.css")
-    sections = [_results, _curves, _matrices, _classes, _costs, _protocol]
+    sections = [_results, _curves, _matrices, _classes, _channels, _costs, _protocol]
     return "\n".join(
         [
             "<!DOCTYPE html>",
@@ -238,6 +239,28 @@ def _classes(run: Run) -> str:
     )
 
 
+def _channels(run: Run) -> str:
+    figures = []
+    for k, row in enumerate(run.rows):
+        seeds: list[Any] = [r.get("channels_kept") for r in run.results[row["recipe"]]]
+        if not seeds or None in seeds:
+            continue
+        layers = list(seeds[0][0])
+        a = np.array([[list(shares.values()) for shares in kept] for kept in seeds])
+        sd = a.std(axis=0, ddof=1) if len(a) > 1 else None
+        text = "columns are " + ", ".join(layers)
+        chart = channel_map(a.mean(axis=0), sd, layers, row["title"])
+        figures.append(figure(_name(run, k), text, chart))
+    if not figures:
+        return ""
+    return (
+        "<section><h2>Channels kept</h2><p>Share of its channels in % that each extractor has "
+        "after its masks were made hard and closed channels removed. "
+        f'{_over(run, "Numbers", "tooltips add")}</p><div class="grid-of-charts">'
+        f"{''.join(figures)}</div></section>"
+    )
+
+
 def _costs(run: Run) -> str:
     rows = [{**measured_fields(run.results[r["recipe"]]), **r} for r in run.rows]
     figures = []
@@ -270,6 +293,7 @@ _COSTS = (
     ("seconds", "Training time", "s", "of the whole stream"),
     ("bytes_remembered", "Exemplars", "B", "bytes kept from the past, after the last experience"),
     ("parameters", "Parameters", "", "of the network, after the last experience"),
+    ("parameters_mean", "Parameters, mean", "", "over the experiences, each after its training"),
     ("samples_trained", "Samples trained on", "", "in all steps, replayed ones included"),
     ("flops_per_sample", "Operations per sample", "FLOP",
      "to classify one sample; a multiply-add is 2"),

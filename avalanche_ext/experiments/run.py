@@ -198,6 +198,7 @@ def run_seed(
     )  # fmt: skip
     done = checkpoints.resume()
     matrix, seconds = done.get("accuracy_matrix", []), done.get("seconds_per_experience", [])
+    sizes = done.get("parameters_per_experience", [])
     progress.skip(len(matrix))
     for k, experience in enumerate(benchmark.train_stream):
         if k < len(matrix):
@@ -205,9 +206,13 @@ def run_seed(
         start = time.perf_counter()
         checkpoints.train(k, experience)
         seconds.append(time.perf_counter() - start)
+        sizes.append(count_parameters(strategy.model))
         matrix.append(_accuracies(strategy.eval(watched), watched.name))
-        run = {"accuracy_matrix": matrix, "seconds_per_experience": seconds}
-        checkpoints.save(k + 1, run)
+        checkpoints.save(k + 1, {
+            "accuracy_matrix": matrix,
+            "seconds_per_experience": seconds,
+            "parameters_per_experience": sizes,
+        })  # fmt: skip
     progress.close()
     final = {}
     if watched is not benchmark.test_stream:
@@ -219,6 +224,7 @@ def run_seed(
             "challenge": challenge.result(),
         }
     kept = bytes_by_kind(strategy)
+    kept_shares = getattr(strategy, "channels_kept", None)
     result = {
         "recipe": recipe.name,
         "method": recipe.method,
@@ -232,7 +238,10 @@ def run_seed(
         "seconds": sum(seconds),
         "seconds_per_experience": seconds,
         "samples_trained": counter.samples,
-        "parameters": count_parameters(strategy.model),
+        "parameters": sizes[-1],
+        "parameters_mean": sum(sizes) / len(sizes),
+        "parameters_per_experience": sizes,
+        **({"channels_kept": kept_shares} if kept_shares else {}),
         "flops_per_sample": _flops(strategy, watched),
         "bytes_remembered": sum(kept.values()),
         "bytes_by_kind": kept,

@@ -14,7 +14,16 @@ from html import escape
 
 import numpy as np
 
-__all__ = ["Series", "color_of", "column_chart", "heat_map", "key", "line_chart", "text_on"]
+__all__ = [
+    "Series",
+    "channel_map",
+    "color_of",
+    "column_chart",
+    "heat_map",
+    "key",
+    "line_chart",
+    "text_on",
+]
 
 PALETTE = 12
 _WIDTH = 420
@@ -81,6 +90,42 @@ def heat_map(mean: np.ndarray, sd: np.ndarray | None, name: str) -> str:
         name: Of the system.
     """
     rows, columns = mean.shape
+    label = (
+        f"Accuracy matrix of {name}: {rows} rows, trained up to experience 1 to {rows}; "
+        f"{columns} columns, test experience. Last row: "
+        f"{', '.join(f'{100 * x:.1f}' for x in mean[-1])} %."
+    )
+    return _map(
+        mean, sd, label, ("trained up to", "test experience"),
+        lambda i, j: f"trained up to {i + 1}, test experience {j + 1}", lambda i, j: j > i,
+    )  # fmt: skip
+
+
+def channel_map(mean: np.ndarray, sd: np.ndarray | None, layers: Sequence[str], name: str) -> str:
+    """Share of the channels that each extractor has kept, ``(extractors, layers)``.
+
+    Args:
+        mean: Shares of 1.
+        sd: Sample deviations over seeds, or nothing for one seed.
+        layers: Names of the columns.
+        name: Of the system.
+    """
+    shares = ", ".join(f"{100 * x:.1f}" for x in mean.mean(1))
+    label = (
+        f"Channels kept by {name}: {len(mean)} rows, extractor 1 to {len(mean)}; "
+        f"{len(layers)} columns, layers. Means of the rows: {shares} %."
+    )
+    return _map(
+        mean, sd, label, ("extractor", "layer"),
+        lambda i, j: f"extractor {i + 1}, {layers[j]}", lambda i, j: False,
+    )  # fmt: skip
+
+
+def _map(
+    mean: np.ndarray, sd: np.ndarray | None, label: str, axes: tuple[str, str],
+    told: Callable[[int, int], str], ahead: Callable[[int, int], bool],
+) -> str:  # fmt: skip
+    rows, columns = mean.shape
     left, top = 44, 6
     width, height = (_WIDTH - left - 4) / columns, min(46.0, max(8.0, 330 / rows))
     shown = width >= 24 and height >= 14
@@ -90,7 +135,8 @@ def heat_map(mean: np.ndarray, sd: np.ndarray | None, name: str) -> str:
             if not math.isnan(value):
                 box = (left + j * width, top + i * height, width, height)
                 spread = None if sd is None else float(sd[i, j])
-                parts.append(_cell(box, (i, j), value, spread, shown))
+                text = f"{told(i, j)}: {_percent(value, spread)}"
+                parts.append(_cell(box, value, text, shown, ahead(i, j)))
     bottom = top + rows * height
     parts += [
         _text(left + (j + 0.5) * width, bottom + 16, str(j + 1), "middle")
@@ -100,13 +146,8 @@ def heat_map(mean: np.ndarray, sd: np.ndarray | None, name: str) -> str:
         _text(left - 6, top + (i + 0.5) * height + 4, str(i + 1), "end") for i in _thinned(rows, 12)
     ]
     middle = (left + _WIDTH) / 2
-    parts.append(_text(middle, bottom + 34, "test experience", "middle", "axis"))
-    parts.append(_upright(11, top + rows * height / 2, "trained up to"))
-    label = (
-        f"Accuracy matrix of {name}: {rows} rows, trained up to experience 1 to {rows}; "
-        f"{columns} columns, test experience. Last row: "
-        f"{', '.join(f'{100 * x:.1f}' for x in mean[-1])} %."
-    )
+    parts.append(_text(middle, bottom + 34, axes[1], "middle", "axis"))
+    parts.append(_upright(11, top + rows * height / 2, axes[0]))
     return _svg(bottom + 40, label, parts, "heat")
 
 
@@ -250,22 +291,20 @@ def _marker(system: int, x: float, y: float, r: float) -> str:
 
 
 def _cell(
-    box: tuple[float, float, float, float], place: tuple[int, int], value: float,
-    spread: float | None, shown: bool,
-) -> str:  # fmt: skip
-    (x, y, width, height), (i, j) = box, place
+    box: tuple[float, float, float, float], value: float, told: str, shown: bool, ahead: bool
+) -> str:
+    x, y, width, height = box
     color = color_of(value)
-    ahead = ' class="ahead"' if j > i else ""
-    told = f"trained up to {i + 1}, test experience {j + 1}: {_percent(value, spread)}"
+    faint = ' class="ahead"' if ahead else ""
     text = ""
     if shown:
-        fill = "" if j > i else f' style="fill:{text_on(color)}"'
+        fill = "" if ahead else f' style="fill:{text_on(color)}"'
         text = (
             f'<text class="number" x="{x + width / 2:.1f}" y="{y + height / 2 + 4:.1f}" '
             f'text-anchor="middle"{fill}>{100 * value:.0f}</text>'
         )
     return (
-        f"<g{ahead}><title>{escape(told)}</title>"
+        f"<g{faint}><title>{escape(told)}</title>"
         f'<rect x="{x:.1f}" y="{y:.1f}" width="{width - 1:.1f}" height="{height - 1:.1f}" '
         f'fill="rgb{color}"/>{text}</g>'
     )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +28,8 @@ __all__ = ["EMBEDDING_LIMIT", "GatedNetwork"]
 EMBEDDING_LIMIT = 6.0
 
 
-class _Carrier(NamedTuple):
-    """A parameter of the network that a mask multiplies, row by row."""
-
-    parameter: str
-    group: int
-    pixels: int
+# A parameter of the network that a mask multiplies row by row, its group, and rows per channel.
+_Carrier = tuple[str, int, int]
 
 
 class GatedNetwork(nn.Module):
@@ -133,12 +128,20 @@ class GatedNetwork(nn.Module):
         m = gate(e, self.s, self.compensation, s_max=self.s_max)
         return list(m.split(self.groups.sizes))
 
-    def forward(self, x: Tensor, masks: Sequence[Tensor] | None = None) -> Tensor:
-        """The network's output under masks, by default those of the last task."""
+    def forward(
+        self,
+        x: Tensor,
+        masks: Sequence[Tensor] | None = None,
+        buffers: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """The network's output under masks, by default those of the last task.
+
+        ``buffers``: by name, what stands in for buffers of the network (batch statistics).
+        """
         if masks is None:
             masks = self.masks()
         self.groups.check(masks)
-        gated = {}
+        gated = dict(buffers or {})
         for name, group, pixels in self._carriers:
             parameter, m = self.network.get_parameter(name), masks[group]
             if pixels > 1:
@@ -217,7 +220,7 @@ class GatedNetwork(nn.Module):
 
 
 def _carriers(network: nn.Module, groups: ChannelGroups) -> tuple[_Carrier, ...]:
-    found = []
+    found: list[_Carrier] = []
     for layer in groups.layers:
         if not layer.gated or layer.writes is None:
             continue
@@ -226,5 +229,5 @@ def _carriers(network: nn.Module, groups: ChannelGroups) -> tuple[_Carrier, ...]
         for name, _ in module.named_parameters(recurse=False):
             # A depthwise filter reads a masked channel: a mask on it would count twice.
             if name == "bias" or layer.kind != "depthwise":
-                found.append(_Carrier(f"{layer.name}.{name}", layer.writes, pixels))
+                found.append((f"{layer.name}.{name}", layer.writes, pixels))
     return tuple(found)

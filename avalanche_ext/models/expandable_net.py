@@ -10,16 +10,56 @@ References:
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from avalanche.models import DynamicModule
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["UNSEEN_LOGIT", "ExpandableNet"]
+from avalanche_ext.functional.channel_mask import Compensation
+from avalanche_ext.models.channel_gates import GatedNetwork
+from avalanche_ext.models.channel_groups import Residual, find_channel_groups
+from avalanche_ext.models.pruning import fold_batch_norms, prune_channels
+
+__all__ = ["UNSEEN_LOGIT", "ChannelMasks", "ExpandableNet"]
 
 # Logit of a label whose class has not been trained on.
 UNSEEN_LOGIT = -1e4
+
+
+@dataclass(frozen=True)
+class ChannelMasks:
+    """How the newest extractor of an ``ExpandableNet`` is masked and then pruned.
+
+    The sources name neither ``lam`` nor ``s_max`` nor the gates' learning rate.
+
+    Args:
+        lam: Weight of the sparsity loss, >= 0: the larger, the smaller the extractors.
+        s_max: Scale of the gates in the last batch of an epoch, > 0.
+        lr_factor: The gates' learning rate over the network's, > 0; ``None`` is ``s_max``, HAT's.
+        compensation: Gradient of the gates, see ``avalanche_ext.functional.channel_mask.gate``.
+        residual: ``"shared"`` masks whole residual stages, ``"inner"`` only inside the blocks.
+        min_share: Share of every layer's channels that is kept in any case.
+        recalibrate: Whether batch norms measure their statistics anew once the masks are hard.
+    """
+
+    lam: float = 0.25
+    s_max: float = 100.0
+    lr_factor: float | None = None
+    compensation: Compensation = "exact"
+    residual: Residual = "shared"
+    min_share: float = 0.02
+    recalibrate: bool = True
+
+    def __post_init__(self) -> None:
+        factor = self.s_max if self.lr_factor is None else self.lr_factor
+        if self.lam < 0 or not factor > 0:
+            raise ValueError(
+                f"ChannelMasks expects lam >= 0 and lr_factor > 0; got lam={self.lam} and "
+                f"lr_factor={self.lr_factor}."
+            )
 
 
 class ExpandableNet(DynamicModule):
@@ -32,7 +72,12 @@ class ExpandableNet(DynamicModule):
     included. The classifier has no bias; each unit belongs to one class, in the order of arrival,
     and ``forward`` puts its logits at the classes' labels. An auxiliary head on
     :math:`F_t(x)` alone tells the new classes from each other and from all old ones (its class 0);
-    it lives until the next experience begins and plays no part in ``forward``.
+    it lives until ``settle`` and plays no part in ``forward``.
+
+    With ``masks`` the newest extractor is a ``GatedNetwork``; ``settle`` removes the channels that
+    its masks close, from the features too, so extractors differ in width (``widths``). The next
+    one starts from the weights before that surgery, with new masks. Frozen extractors have their
+    batch norms folded into the layers before them.
 
     Args:
         backbone: The first extractor, ``(B, ...)`` to ``(B, D)``; ``build_backbone(name, 0, shape)``
@@ -46,10 +91,12 @@ class ExpandableNet(DynamicModule):
         logits are ``UNSEEN_LOGIT``.
 
     Raises:
-        ValueError: If the backbone has no features; when an experience brings no new class.
+        ValueError: If the backbone has no features; if masks are asked for and the channels of the
+            backbone cannot be followed; when an experience brings no new class.
     """  # noqa: E501 - one argument
 
     width: int
+    widths: list[int]
     n_outputs: int
     inherit: bool
     extractors: nn.ModuleList
@@ -58,7 +105,15 @@ class ExpandableNet(DynamicModule):
     classes: list[int]
     new_classes: list[int]
 
-    def __init__(self, backbone: nn.Module, *, n_outputs: int = 0, inherit: bool = True) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        n_outputs: int = 0,
+        inherit: bool = True,
+        masks: ChannelMasks | None = None,
+        fold: bool = True,
+    ) -> None:
         super().__init__()
         width = getattr(backbone, "num_features", getattr(backbone, "out_dim", None))
         if not isinstance(width, int) or width < 1:
@@ -70,7 +125,13 @@ class ExpandableNet(DynamicModule):
         self.width = width
         self.n_outputs = n_outputs
         self.inherit = inherit
-        self._first = [backbone]  # in a list: no part of the network yet
+        self.masks = masks
+        self.fold = fold
+        if masks is not None:
+            find_channel_groups(backbone, residual=masks.residual, prune_output=True)
+        # In a list: no part of the network. What the next extractor starts from.
+        self._dense = [backbone]
+        self.widths = []
         self.extractors = nn.ModuleList()
         # As modules from the start: a plain None would hide what a checkpoint puts there.
         self.register_module("classifier", None)
@@ -100,27 +161,68 @@ class ExpandableNet(DynamicModule):
     def grow(self, new_classes: list[int]) -> None:
         """Freeze what there is, append an extractor, widen the classifier, renew the other head."""
         device = next(self.parameters()).device if self.extractors else None
+        newest = self._dense.pop() if self._dense else copy.deepcopy(self.extractors[-1])
         if self.extractors:
-            newest = copy.deepcopy(self.extractors[-1])
-            for extractor in self.extractors:
-                extractor.requires_grad_(False)
-            newest.requires_grad_(True)
-        else:
-            newest = self._first.pop()
-        self.extractors.append(newest)
+            self.extractors[-1] = self._frozen(self.extractors[-1])
+        self.extractors.append(self._gated(newest).to(device))
+        self.widths.append(self.width)
         n_old, self.new_classes = len(self.classes), list(new_classes)
         self.classes = [*self.classes, *new_classes]
         self.n_outputs = max(self.n_outputs, max(new_classes) + 1)
         old = self.classifier
-        self.classifier = nn.Linear(
-            self.width * len(self.extractors), len(self.classes), bias=False, device=device
-        )
+        self.classifier = nn.Linear(sum(self.widths), len(self.classes), bias=False, device=device)
         nn.init.kaiming_normal_(self.classifier.weight, nonlinearity="linear")
         if old is not None and self.inherit:
             with torch.no_grad():
                 self.classifier.weight[:n_old, : old.in_features] = old.weight
         self.auxiliary = nn.Linear(self.width, len(new_classes) + 1, device=device)
         self.train(self.training)  # the frozen ones go to evaluation mode
+
+    def _gated(self, network: nn.Module) -> nn.Module:
+        if self.masks is None:
+            return network
+        groups = find_channel_groups(network, residual=self.masks.residual, prune_output=True)
+        return GatedNetwork(
+            network, groups=groups, s_max=self.masks.s_max,
+            compensation=self.masks.compensation, min_share=self.masks.min_share,
+        )  # fmt: skip
+
+    def _frozen(self, network: nn.Module) -> nn.Module:
+        if self.fold and any(isinstance(m, _BatchNorm) for m in network.modules()):
+            network = fold_batch_norms(network)
+        return network.requires_grad_(False)
+
+    @property
+    def gates(self) -> GatedNetwork | None:
+        """The newest extractor, while it has masks."""
+        newest = self.extractors[-1] if self.extractors else None
+        return newest if isinstance(newest, GatedNetwork) else None
+
+    def settle(self) -> dict[str, float]:
+        """End the learning of the newest extractor: drop the auxiliary head, prune by the masks.
+
+        Returns:
+            Share of the channels kept, by channel group; empty without masks.
+        """
+        self.auxiliary = None
+        gates = self.gates
+        if gates is None:
+            return {}
+        groups, kept = gates.groups, gates.kept()
+        self._dense = [gates.network]
+        self.extractors[-1] = prune_channels(gates.network, groups, kept).network
+        output = groups.output
+        if output is not None and self.classifier is not None:
+            old = self.classifier
+            base = sum(self.widths[:-1])
+            features = torch.cat([torch.arange(base), base + kept[output].cpu()])
+            self.widths[-1] = len(kept[output])
+            self.classifier = nn.Linear(
+                len(features), old.out_features, bias=False, device=old.weight.device
+            )
+            with torch.no_grad():
+                self.classifier.weight.copy_(old.weight[:, features.to(old.weight.device)])
+        return {g.name: len(k) / g.size for g, k in zip(groups.groups, kept, strict=True)}
 
     def reset_heads(self) -> None:
         """Draw the weights of both heads anew."""
@@ -138,17 +240,21 @@ class ExpandableNet(DynamicModule):
     # forward --------------------------------------------------------------------------------
 
     def old_features(self, x: Tensor) -> Tensor | None:
-        """Features of the frozen extractors, ``(B, D (t - 1))``; ``None`` if there are none."""
+        """Features of the frozen extractors, side by side; ``None`` if there are none."""
         frozen = list(self.extractors)[:-1]
         if not frozen:
             return None
         with torch.no_grad():
             return torch.cat([extractor(x) for extractor in frozen], dim=1)
 
-    def super_feature(self, x: Tensor) -> Tensor:
-        """All features, ``(B, D t)``, in the order of arrival."""
-        new, old = self.extractors[-1](x), self.old_features(x)
-        return new if old is None else torch.cat([old, new], dim=1)
+    def super_feature(self, x: Tensor, old: Tensor | None = None) -> Tensor:
+        """All features, ``(B, sum(widths))``, in the order of arrival.
+
+        ``old``: what ``old_features`` gave for ``x``, where it is known.
+        """
+        new = self.extractors[-1](x)
+        old = self.old_features(x) if old is None else old
+        return new if old is None else torch.cat([old.to(new.dtype), new], dim=1)
 
     def logits(self, features: Tensor) -> Tensor:
         """Logits ``(B, n_outputs)`` of super-features, at the classes' labels."""
@@ -160,7 +266,7 @@ class ExpandableNet(DynamicModule):
     def auxiliary_logits(self, features: Tensor) -> Tensor:
         """Logits ``(B, 1 + new classes)`` of the auxiliary head, from super-features."""
         assert self.auxiliary is not None
-        return self.auxiliary(features[:, -self.width :])
+        return self.auxiliary(features[:, -self.widths[-1] :])
 
     def auxiliary_labels(self, y: Tensor) -> Tensor:
         """0 for every old class, j + 1 for the j-th new one."""

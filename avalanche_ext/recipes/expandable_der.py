@@ -1,4 +1,4 @@
-"""Recipes of ExpandableDER: CIFAR-100 as in the paper, without channel masks, and small twins.
+"""Recipes of ExpandableDER: CIFAR-100 and ImageNet-100 as in the paper, and small twins.
 
 Schedules are those of the authors' released code. Class orders come from ``order_seeds``; 1993 is
 the order for which results of that code are on record (the paper's own three orders are PODNet's).
@@ -33,6 +33,11 @@ class ExpandableRecipe(Recipe):
         temperature: Its temperature.
         inherit: Whether the classifier keeps its weights when it grows.
         reset_heads: Whether the heads are drawn anew when the warm-up ends.
+        prune: Whether channel masks are learnt and closed channels removed.
+        lam: Weight of the masks' sparsity loss.
+        s_max: Largest scale of the gates.
+        gate_lr_factor: The gates' learning rate over the network's; ``None`` is ``s_max``.
+        lookahead: Batches that the frozen extractors see at once.
     """
 
     momentum: float = 0.9
@@ -48,6 +53,11 @@ class ExpandableRecipe(Recipe):
     temperature: float = 5.0
     inherit: bool = True
     reset_heads: bool = True
+    prune: bool = False
+    lam: float = 0.25
+    s_max: float = 100.0
+    gate_lr_factor: float | None = None
+    lookahead: int = 1
     source: str = "Yan, Xie, He (2021), DER: Dynamically Expandable Representation"
 
     def smoke(self) -> ExpandableRecipe:
@@ -57,36 +67,51 @@ class ExpandableRecipe(Recipe):
         return dataclasses.replace(small, classifier_epochs=1, warmup_epochs=0, batch_size=16)
 
 
-_PAPER = "Yan, Xie, He (2021), table of CIFAR-100, without pruning"
-# Steps -> average incremental accuracy and its deviation over three class orders.
-_CIFAR100_B0 = {5: (0.7680, 0.0079), 10: (0.7536, 0.0036), 20: (0.7409, 0.0033),
-                50: (0.7241, 0.0036)}  # fmt: skip
-# The same where half of the classes come at once; one figure each, without a deviation.
-_CIFAR100_B50 = {2: 0.7461, 5: 0.7321, 10: 0.7281}
+_PAPER = "Yan, Xie, He (2021), tables of CIFAR-100"
+# Steps -> average incremental accuracy, its deviation over three class orders, and millions of
+# parameters, the mean over steps; without pruning, and with it.
+_CIFAR100_B0 = {
+    5: ((0.7680, 0.0079, 33.6), (0.7555, 0.0065, 2.89)),
+    10: ((0.7536, 0.0036, 61.6), (0.7464, 0.0028, 4.96)),
+    20: ((0.7409, 0.0033, 117.6), (0.7398, 0.0036, 7.21)),
+    50: ((0.7241, 0.0036, 285.6), (0.7205, 0.0055, 10.15)),
+}
+# The same where half of the classes come at once; one figure each.
+_CIFAR100_B50 = {
+    2: ((0.7461, None, None), (0.7457, None, None)),
+    5: ((0.7321, None, None), (0.7260, None, None)),
+    10: ((0.7281, None, None), (0.7245, None, None)),
+}
 # Twenty classes in five experiences and a small network: what a CPU finishes.
 _TWENTY = (68, 56, 78, 8, 23, 84, 90, 65, 74, 76, 40, 89, 3, 92, 55, 9, 26, 80, 43, 38)
 
 
+def _held_to(
+    value: float, deviation: float | None, millions: float | None
+) -> tuple[Published, ...]:
+    figures = [Published("average_incremental_accuracy_samples", value, deviation, _PAPER)]
+    if millions is not None:
+        figures.append(Published("parameters_mean", 1e6 * millions, None, _PAPER))
+    return tuple(figures)
+
+
 def _cifar100() -> dict[str, Recipe]:
+    streams = {
+        **{f"b0_{n}": (SplitCIFAR100(n_experiences=n), None, rows)
+           for n, rows in _CIFAR100_B0.items()},
+        **{f"b50_{n}": (SplitCIFAR100(n_experiences=n + 1, first_classes=50), 20, rows)
+           for n, rows in _CIFAR100_B50.items()},
+    }  # fmt: skip
     made: dict[str, Recipe] = {}
-    for steps, value in _CIFAR100_B50.items():
-        name = f"expandable_der/cifar100_b50_{steps}"
-        made[name] = ExpandableRecipe(
-            name=name, method="expandable_der", mem_per_class=20, backbone="cifar_resnet18",
-            benchmark=SplitCIFAR100(n_experiences=steps + 1, first_classes=50),
-            epochs=170, seeds=(0, 1, 2), order_seeds=(1993,),
-            published=(
-                Published("average_incremental_accuracy_samples", value, None, _PAPER),
-            ),
-        )  # fmt: skip
-    for steps, (value, deviation) in _CIFAR100_B0.items():
-        name = f"expandable_der/cifar100_b0_{steps}"
-        figure = Published("average_incremental_accuracy_samples", value, deviation, _PAPER)
-        made[name] = ExpandableRecipe(
-            name=name, method="expandable_der", benchmark=SplitCIFAR100(n_experiences=steps),
-            backbone="cifar_resnet18", epochs=170, seeds=(0, 1, 2), order_seeds=(1993,),
-            published=(figure,),
-        )  # fmt: skip
+    for stream, (benchmark, per_class, rows) in streams.items():
+        for prune, figures in zip((False, True), rows, strict=True):
+            name = f"expandable_der/cifar100_{stream}" + ("_pruned" if prune else "")
+            made[name] = ExpandableRecipe(
+                name=name, method="expandable_der", benchmark=benchmark, mem_per_class=per_class,
+                backbone="cifar_resnet18", epochs=170, seeds=(0, 1, 2), order_seeds=(1993,),
+                prune=prune, title="ExpandableDER, pruned" if prune else "", lookahead=16,
+                published=_held_to(*figures),
+            )  # fmt: skip
     return made
 
 

@@ -164,7 +164,7 @@ def test_the_file_is_loaded_without_running_code(tmp_path):
             return (os.mkdir, (str(tmp_path / "ran"),))
 
     benchmark, strategy = build("naive")
-    torch.save({"format": 1, "x": Evil()}, tmp_path / "experience.pt")
+    torch.save({"format": 2, "x": Evil()}, tmp_path / "experience.pt")
     with pytest.raises(Exception, match=r"[Ww]eights"):
         Checkpoints(tmp_path, strategy, benchmark).resume()
     assert not (tmp_path / "ran").exists()
@@ -209,8 +209,17 @@ def test_what_cannot_even_be_pickled_is_run_without_checkpoints_and_says_so(tmp_
 def test_a_file_of_another_format_is_refused(tmp_path):
     benchmark, strategy = build("naive")
     torch.save({"format": 0}, tmp_path / "experience.pt")
-    with pytest.raises(ValueError, match="format 0, and this version reads 1"):
+    with pytest.raises(ValueError, match="format 0, and this version reads 2"):
         Checkpoints(tmp_path, strategy, benchmark).resume()
+
+
+def test_a_checkpoint_of_other_plugins_is_refused(tmp_path):
+    Stop.at = 12
+    with pytest.raises(Interrupted):
+        train("er", tmp_path, 1, [Stop()])
+    Stop.at = -1
+    with pytest.raises(ValueError, match=r"plugins.*Stop.*this one has \['ERPlugin', 'Eval"):
+        train("er", tmp_path, 1, [])
 
 
 def test_a_step_count_of_none_at_all_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from html.parser import HTMLParser
 
@@ -305,3 +306,21 @@ def test_colours_contrast_with_the_page_in_light_and_dark(tmp_path):
         for ink in ("ink", "soft"):
             assert min(contrast(ink, "card"), contrast(ink, "bg")) >= 4.5
         assert contrast("ink", "note") >= 4.5
+
+
+def test_channels_kept_are_drawn_where_the_records_have_them(tmp_path):
+    assert "Channels kept" not in page(made(tmp_path / "without"))
+    write_run(tmp_path / "with", seeds=(0, 1))
+    shares = {0: [{"conv1": 0.25, "layer1.0": 0.5}, {"conv1": 1.0, "layer1.0": 0.75}],
+              1: [{"conv1": 0.75, "layer1.0": 0.5}, {"conv1": 1.0, "layer1.0": 0.25}]}  # fmt: skip
+    for seed, kept in shares.items():
+        path = tmp_path / "with" / f"seed_{seed}" / "result.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "channels_kept": kept}))
+    text = page(read_run(tmp_path / "with"))
+    parsed = Page(text)
+    assert text.count("Channels kept by") == 1  # the main system alone
+    assert "columns are conv1, layer1.0" in " ".join(parsed.texts)
+    told = [t for t in parsed.titles if t.startswith("extractor")]
+    assert told[0] == "extractor 1, conv1: 50.0 ± 35.4 %"
+    assert told[3] == "extractor 2, layer1.0: 50.0 ± 35.4 %"
+    assert "Means of the rows: 50.0, 75.0 %" in text

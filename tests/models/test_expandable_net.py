@@ -38,7 +38,7 @@ def test_labels_arrive_in_any_order():
 
 
 def test_the_new_extractor_is_a_copy_and_the_old_one_is_frozen():
-    network = net((0, 1), name="small_convnet", shape=(3, 8, 8))
+    network = net((0, 1), name="small_convnet", shape=(3, 8, 8), fold=False)
     network.train()
     network(torch.rand(4, 3, 8, 8))
     before = copy.deepcopy(network.extractors[0].state_dict())
@@ -76,7 +76,9 @@ def test_the_classifier_keeps_its_old_block_on_request(inherit):
 
 def test_parameters_of_ten_steps_of_the_papers_network():
     with torch.device("meta"):
-        network = ExpandableNet(build_backbone("cifar_resnet18", 0, (3, 32, 32)), n_outputs=100)
+        network = ExpandableNet(
+            build_backbone("cifar_resnet18", 0, (3, 32, 32)), n_outputs=100, fold=False
+        )
         for k in range(10):
             network.grow(list(range(10 * k, 10 * k + 10)))
         n = sum(p.numel() for p in network.extractors.parameters())

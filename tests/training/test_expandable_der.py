@@ -11,7 +11,16 @@ from avalanche.training.determinism.rng_manager import RNGManager
 from avalanche.training.plugins import SupervisedPlugin
 from torch.nn import functional as F
 
-from avalanche_ext import ClassifierStage, DRLPlugin, ExpandableDER, Schedule, build_backbone
+from avalanche_ext import (
+    ChannelMasks,
+    ClassifierStage,
+    DRLPlugin,
+    ExpandableDER,
+    Schedule,
+    build_backbone,
+)
+from avalanche_ext.benchmarks import split_digits
+from avalanche_ext.evaluation.accounting import bytes_by_kind
 from avalanche_ext.experiments.checkpoint import Checkpoints
 from avalanche_ext.experiments.run import build_strategy, run_seed
 from avalanche_ext.recipes import find_recipe
@@ -29,14 +38,15 @@ def test_the_papers_learning_rates(epoch, rate):
     assert PAPER.at(epoch) == pytest.approx(rate)
 
 
-def strategy_of(plugins=(), **options):
+def strategy_of(plugins=(), shape=(8,), **options):
     RNGManager.set_random_seeds(0)
     given = {
         "mem": 18, "train_epochs": 3, "train_mb_size": 8, "eval_mb_size": 64, "evaluator": None,
         "schedule": Schedule(0.05, 1, (2,)), "momentum": 0.9,
         "classifier_stage": ClassifierStage(2, Schedule(0.05, 0, (1,)), 5.0), **options,
     }  # fmt: skip
-    backbone = build_backbone("mlp", 0, (8,), hidden=(7,))
+    backbone = options.pop("backbone", None) or build_backbone("mlp", 0, shape, hidden=(7,))
+    given.pop("backbone", None)
     return ExpandableDER(backbone=backbone, plugins=list(plugins), **given)
 
 
@@ -45,10 +55,11 @@ class Watch(SupervisedPlugin):
 
     def __init__(self):
         super().__init__()
-        self.rates, self.differences, self.trained = [], [], []
+        self.rates, self.differences, self.trained, self.scales = [], [], [], []
 
     def before_backward(self, strategy, **kwargs):
         model = strategy.model
+        self.scales.append(None if model.gates is None else float(model.gates.s))
         frozen = [f(strategy.mb_x) for f in list(model.extractors)[:-1]]
         new = model.extractors[-1](strategy.mb_x)
         z = torch.cat([*frozen, new], 1) @ model.classifier.weight.T
@@ -61,6 +72,10 @@ class Watch(SupervisedPlugin):
             loss = loss + strategy.auxiliary * F.cross_entropy(
                 model.auxiliary(new), torch.tensor(labels)
             )
+        if model.gates is not None:  # one linear layer of 8 inputs and 7 channels
+            e, scale = model.gates.embeddings[0], float(model.gates.s)
+            kept = 8 * torch.sigmoid(scale * e).sum() / 56
+            loss = loss + strategy.prune.lam * kept
         self.differences.append(float((loss - strategy.loss).abs().detach()))
         self.rates.append(strategy.optimizer.param_groups[0]["lr"])
         held = {id(p) for g in strategy.optimizer.param_groups for p in g["params"]}
@@ -81,6 +96,125 @@ def test_every_steps_loss_is_the_definitions():
     assert watch.rates[3 * steps : 3 * steps + more] == pytest.approx([0.05] * more)
 
 
+def test_with_masks_every_steps_loss_is_the_definitions():
+    watch = Watch()
+    strategy = strategy_of([watch], prune=ChannelMasks(lam=0.3, s_max=10.0))
+    stream = class_stream(3).train_stream
+    strategy.train(stream[0])
+    assert max(watch.differences) < 1e-5
+    # Five batches of an epoch: from 1/10 to 10.
+    assert watch.scales[:5] == pytest.approx([0.1, 2.575, 5.05, 7.525, 10.0])
+    weights, gates = strategy.optimizer.param_groups
+    assert (weights["weight_decay"], gates["weight_decay"]) == (5e-4, 0.0)
+    assert gates["lr"] == pytest.approx(10 * weights["lr"])
+    for experience in stream[1:]:
+        strategy.train(experience)
+    assert max(watch.differences) < 1e-5
+    assert all(watch.trained)
+
+
+def masked(**options):
+    settings = {"lam": 1.0, "s_max": 30.0, "lr_factor": 10.0, **options}
+    backbone = build_backbone("small_convnet", 0, (1, 8, 8))
+    return strategy_of(backbone=backbone, prune=ChannelMasks(**settings), mem=60, train_mb_size=32)
+
+
+def test_pruning_keeps_what_the_hard_masks_gave(monkeypatch):
+    strategy, x, seen = masked(recalibrate=False), torch.rand(6, 1, 8, 8), []
+    settle = strategy.model.settle
+
+    def watched():
+        model = strategy.model.eval()
+        features, z = model.super_feature(x), model(x)
+        dense = copy.deepcopy(model.gates.network.state_dict())
+        kept = model.gates.kept()[model.gates.groups.output]
+        shares = settle()
+        after = model.super_feature(x)
+        base = sum(model.widths[:-1])
+        closed = torch.ones(features.shape[1] - base, dtype=torch.bool)
+        closed[kept] = False
+        assert features[:, base:][:, closed].abs().max() == 0
+        new = torch.cat([features[:, :base], features[:, base:][:, kept]], 1)
+        torch.testing.assert_close(after, new, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model(x), z, atol=1e-5, rtol=1e-5)
+        seen.append((dense, len(kept)))
+        model.train()
+        return shares
+
+    monkeypatch.setattr(strategy.model, "settle", watched)
+    stream = split_digits(5).train_stream
+    width = strategy.model.width
+    for k, experience in enumerate(stream[:3]):
+        if k == 2:  # the third extractor starts from the second one before its surgery
+            grow = strategy.model.grow
+
+            def grown(classes, grow=grow):
+                grow(classes)
+                now = strategy.model.gates.network.state_dict()
+                assert all(torch.equal(now[name], v) for name, v in seen[1][0].items())
+
+            monkeypatch.setattr(strategy.model, "grow", grown)
+        strategy.train(experience)
+    widths = strategy.model.widths
+    assert widths == [n for _, n in seen]
+    assert 0 < min(widths) < width
+    assert strategy.model.classifier.in_features == sum(widths)
+    assert [list(shares.values())[-1] * width for shares in strategy.channels_kept] == widths
+    # The weights that the next extractor would start from are kept, and counted.
+    dense = sum(v.nbytes for v in seen[2][0].values())
+    assert bytes_by_kind(strategy)["networks"] == dense
+    n = sum(p.numel() for p in strategy.model.extractors[0].parameters())
+    assert n < sum(v.numel() for v in seen[0][0].values())
+
+
+def test_statistics_are_measured_again_under_hard_masks():
+    stream = split_digits(5).train_stream
+    losses = {}
+    for recalibrate in (False, True):
+        strategy = masked(recalibrate=recalibrate, lam=0.3)
+        strategy.train(stream[0])
+        norm = next(m for m in strategy.model.extractors[0].modules()
+                    if isinstance(m, torch.nn.BatchNorm2d))  # fmt: skip
+        conv = next(m for m in strategy.model.extractors[0].modules()
+                    if isinstance(m, torch.nn.Conv2d))  # fmt: skip
+        x = torch.stack([stream[0].dataset[k][0] for k in range(len(stream[0].dataset))])
+        mean = conv(x).mean((0, 2, 3))
+        losses[recalibrate] = float((norm.running_mean - mean).abs().max().detach())
+    assert losses[True] < 0.02 < losses[False]
+
+
+@pytest.mark.parametrize("alters", [False, True])
+def test_looking_ahead_gives_the_same_numbers(alters):
+    stream = class_stream(3).train_stream
+
+    class Doubles(SupervisedPlugin):
+        """Alters a batch behind the look-ahead's back, in place or not."""
+
+        def before_forward(self, strategy, **kwargs):
+            if strategy.clock.train_exp_iterations % 3 == 1:
+                strategy.mbatch[0] = strategy.mbatch[0] * 2
+            elif strategy.clock.train_exp_iterations % 3 == 2:
+                strategy.mbatch[0].mul_(2)
+
+    results, calls = [], []
+    for ahead in (1, 3):
+        strategy = strategy_of([Doubles()] if alters else [], lookahead=ahead)
+        frozen = strategy.model.old_features
+        count = []
+        strategy.model.old_features = lambda x, frozen=frozen, count=count: (
+            count.append(len(x)),
+            frozen(x),
+        )[1]
+        for experience in stream:
+            strategy.train(experience)
+        results.append(strategy.model.state_dict())
+        calls.append(count)
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, atol=1e-5, rtol=1e-5)
+    assert 24 not in calls[0]
+    assert 24 in calls[1]  # three batches of eight
+
+
 def test_frozen_parts_stay_bit_for_bit():
     recipe = dataclasses.replace(
         find_recipe("expandable_der/split_digits").smoke(), backbone="small_convnet"
@@ -89,11 +223,18 @@ def test_frozen_parts_stay_bit_for_bit():
     stream = recipe.benchmark.build(0).train_stream
     strategy.train(stream[0])
     strategy.train(stream[1])
-    before = copy.deepcopy(strategy.model.extractors.state_dict())
+    model, x = strategy.model.eval(), torch.rand(4, 1, 8, 8)
+    before = copy.deepcopy(model.extractors[0].state_dict())
+    features = model.super_feature(x)
     strategy.train(stream[2])
-    after = strategy.model.extractors.state_dict()
+    after = model.extractors[0].state_dict()
+    assert list(after) == list(before)
     assert all(torch.equal(after[name], value) for name, value in before.items())
-    assert len(strategy.model.extractors) == 3
+    assert len(model.extractors) == 3
+    # The second one was folded when it was frozen: the same function up to rounding.
+    assert not any("running_mean" in name for name in model.extractors[1].state_dict())
+    n = features.shape[1]
+    torch.testing.assert_close(model.eval().super_feature(x)[:, :n], features, atol=1e-5, rtol=1e-5)
 
 
 def test_stage_two_trains_the_classifier_alone_on_as_many_of_each_class(monkeypatch):
@@ -145,8 +286,8 @@ class KilledError(Exception):
     pass
 
 
-def run(folder, kill_in_stage_two=False, every=None):
-    recipe = find_recipe("expandable_der/split_digits").smoke()
+def run(folder, kill_in_stage_two=False, every=None, **settings):
+    recipe = dataclasses.replace(find_recipe("expandable_der/split_digits").smoke(), **settings)
     benchmark = recipe.benchmark.build(0)
     RNGManager.set_random_seeds(5)
     strategy = build_strategy(recipe)
@@ -169,12 +310,16 @@ def run(folder, kill_in_stage_two=False, every=None):
     return strategy
 
 
-@pytest.mark.parametrize("every", [None, 2])
-def test_killed_in_the_second_stage_it_goes_on_to_the_same_weights(tmp_path, every):
-    whole = run(tmp_path / "whole")
+@pytest.mark.parametrize(
+    ("every", "settings"),
+    [(None, {}), (2, {}), (None, {"prune": True, "backbone": "small_convnet"}),
+     (2, {"prune": True, "backbone": "small_convnet", "lookahead": 3})],
+)  # fmt: skip
+def test_killed_in_the_second_stage_it_goes_on_to_the_same_weights(tmp_path, every, settings):
+    whole = run(tmp_path / "whole", **settings)
     with pytest.raises(KilledError):
-        run(tmp_path / "killed", kill_in_stage_two=True, every=every)
-    resumed = run(tmp_path / "killed", every=every)
+        run(tmp_path / "killed", kill_in_stage_two=True, every=every, **settings)
+    resumed = run(tmp_path / "killed", every=every, **settings)
     ours, theirs = whole.model.state_dict(), resumed.model.state_dict()
     assert list(ours) == list(theirs)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, defau
 from avalanche_ext.training.checks import check_experience, check_labels_fit
 from avalanche_ext.training.loading.loader import ReplayLoader, ReplayPart, options_for
 from avalanche_ext.training.loading.resident_loader import ResidentLoader
+from avalanche_ext.training.loading.lookahead import LookAhead
 from avalanche_ext.training.loading.sampling import Draw, GroupIndex
 from avalanche_ext.training.loading.sources import DatasetSource, source_for
 from avalanche_ext.training.publishing import publish
@@ -157,6 +158,8 @@ class ReplayTemplate(SupervisedPlugin):
         if self._checked or not len(self.memory):
             return
         loader = strategy.dataloader
+        if isinstance(loader, LookAhead):
+            loader = loader.loader
         parts = loader.parts if isinstance(loader, ReplayLoader) else []
         expected = len(self.memory.index().without(self._current_key(strategy)))
         if expected and not any(p.name == self._name for p in parts):

@@ -23,33 +23,40 @@ Faithfulness:
        warm-up ends: ``reset_heads=True``). The default is the code's.
     2. Milestones count from the end of warm-up, as there.
     3. The first experience has neither auxiliary loss nor stage 2.
-    4. The channel masks of the paper are not part of this strategy yet: every extractor keeps its
-       full width, the rows "w/o P" of the paper's tables.
-    5. Stage 2 runs before Avalanche's ``after_training_exp``, so what is evaluated is its result.
-       Plugins see stage 1 only.
+    4. Without ``prune`` every extractor keeps its full width, the rows "w/o P" of the paper's
+       tables. The masks' released code does not exist; what the paper leaves open (weight of the
+       sparsity loss, largest scale, learning rate of the gates, residual stages) was decided as
+       ``ChannelMasks`` says. The next extractor starts from the weights before the surgery.
+    5. Masks grow hard within every epoch, so running statistics mix soft and hard masks; they are
+       measured again once the masks are hard, on one pass over the experience and the memory.
+    6. Pruning and stage 2 come before Avalanche's ``after_training_exp``, so what is evaluated is
+       their result. Plugins see stage 1 only.
 
 Cost: one more extractor per experience, in memory and in every forward pass; the frozen ones run
-without gradients.
+without gradients, pruned and folded, and with ``lookahead`` on several batches at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from avalanche.models.dynamic_optimizers import update_optimizer
 from avalanche.training.templates import SupervisedTemplate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from avalanche_ext.models.expandable_net import ExpandableNet
-from avalanche_ext.training.checks import check_nonnegative
+from avalanche_ext.models.expandable_net import ChannelMasks, ExpandableNet
+from avalanche_ext.models.pruning import recalibrate_batch_norms
+from avalanche_ext.training.checks import check_count, check_nonnegative
 from avalanche_ext.training.loading.flat_data import attribute_values
+from avalanche_ext.training.loading.lookahead import LookAhead
 from avalanche_ext.training.loading.sampling import seeded
 from avalanche_ext.training.loading.sources import source_for
 from avalanche_ext.training.plugins.shuffle_replay import ShuffleReplayPlugin
+from avalanche_ext.training.publishing import publish
 from avalanche_ext.training.storage_policy.herding import HerdingMemory
 
 __all__ = ["ClassifierStage", "ExpandableDER", "Schedule"]
@@ -100,6 +107,7 @@ class ExpandableDER(SupervisedTemplate):
         mem: Exemplars in all (paper: 2000), or ``None``.
         mem_per_class: Or exemplars of each class (paper: 20, where the first half comes at once).
         auxiliary: Weight of the auxiliary loss (paper's code: 1).
+        prune: Channel masks and their removal; ``None`` keeps every channel.
         schedule: Learning rate of stage 1.
         classifier_stage: Stage 2.
         momentum: Of both stages' SGD.
@@ -107,11 +115,14 @@ class ExpandableDER(SupervisedTemplate):
         inherit: Whether the classifier keeps its weights when it grows.
         reset_heads: Whether both heads are drawn anew when the warm-up ends.
         n_outputs: Least width of the output.
+        lookahead: Batches that the frozen extractors see at once. Same numbers up to rounding;
+            1 is the plain order. A batch that a plugin alters is worked out anew.
         plugins: Avalanche plugins, before which the memory's own is put.
         **options: Of Avalanche's ``SupervisedTemplate``.
 
     Raises:
-        ValueError: For a bad argument; for an experience without a new class; for a memory that
+        ValueError: For a bad argument; for a backbone whose channels cannot be followed, with
+            ``prune``; for an experience without a new class; for a memory that
             holds less than one sample of each class.
     """
 
@@ -124,6 +135,7 @@ class ExpandableDER(SupervisedTemplate):
         mem: int | None = 2000,
         mem_per_class: int | None = None,
         auxiliary: float = 1.0,
+        prune: ChannelMasks | None = None,
         schedule: Schedule | None = None,
         classifier_stage: ClassifierStage | None = None,
         momentum: float = 0.9,
@@ -131,26 +143,34 @@ class ExpandableDER(SupervisedTemplate):
         inherit: bool = True,
         reset_heads: bool = True,
         n_outputs: int = 0,
+        lookahead: int = 1,
         plugins: Sequence[Any] | None = None,
         **options: Any,
     ) -> None:
         check_nonnegative(
             "ExpandableDER", auxiliary=auxiliary, momentum=momentum, weight_decay=weight_decay
         )
+        check_count("ExpandableDER", lookahead=lookahead)
         self.auxiliary = auxiliary
+        self.prune = prune
+        self.lookahead = lookahead
         self.schedule = schedule or Schedule()
         self.classifier_stage = classifier_stage or ClassifierStage()
         self.momentum, self.weight_decay = momentum, weight_decay
         self.reset_heads = reset_heads
         self.memory = HerdingMemory(mem, mem_per_class=mem_per_class)
+        # Of each extractor, by channel group, with ``prune``.
+        self.channels_kept: list[dict[str, float]] = []
         self._features: Tensor | None = None
+        self._ahead: deque[Tensor] = deque()  # frozen features of the batches to come
+        self._as_drawn = False
         self._stages = 0  # how often stage 2 has been run: part of its seed
         # Avalanche wants an optimizer before there is anything to train.
         optimizer = torch.optim.SGD(
             [nn.Parameter(torch.zeros(1))], self.schedule.lr, momentum, weight_decay=weight_decay
         )
         super().__init__(
-            model=ExpandableNet(backbone, n_outputs=n_outputs, inherit=inherit),
+            model=ExpandableNet(backbone, n_outputs=n_outputs, inherit=inherit, masks=prune),
             optimizer=optimizer,
             plugins=[ShuffleReplayPlugin(storage_policy=self.memory), *(plugins or ())],
             **options,
@@ -159,11 +179,25 @@ class ExpandableDER(SupervisedTemplate):
     # stage 1 --------------------------------------------------------------------------------
 
     def make_optimizer(self, **kwargs: Any) -> None:
-        """Begin anew with what is trained in this experience, and nothing frozen."""
+        """Begin anew with what is trained in this experience, and nothing frozen.
+
+        The masks' embeddings have a learning rate of their own and no weight decay, which would
+        draw them to where a channel is neither open nor closed.
+        """
         live = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        self.optimized_param_id = update_optimizer(
-            self.optimizer, live, self.optimized_param_id, reset_state=True, remove_params=True
-        )
+        gates = () if self.model.gates is None else self.model.gates.embeddings
+        own = {id(p) for p in gates}
+        weights = [p for p in live.values() if id(p) not in own]
+        self.optimizer.state.clear()
+        self.optimizer.param_groups.clear()
+        self.optimizer.add_param_group({"params": weights or [nn.Parameter(torch.zeros(1))]})
+        if self.prune is not None and own:
+            factor = self.prune.lr_factor
+            self.optimizer.add_param_group({
+                "params": list(gates), "weight_decay": 0.0,
+                "lr_factor": self.prune.s_max if factor is None else factor,
+            })  # fmt: skip
+        self.optimized_param_id = live
 
     def _before_training_epoch(self, **kwargs: Any) -> None:
         epoch = self.clock.train_exp_epochs
@@ -171,31 +205,84 @@ class ExpandableDER(SupervisedTemplate):
         if self.reset_heads and epoch == self.schedule.warmup_epochs > 0:
             self.model.reset_heads()
         super()._before_training_epoch(**kwargs)
+        self._ahead.clear()
+        if self.lookahead > 1 and len(self.model.extractors) > 1:
+            # Behind the plugins, which know the loader that they have put in place.
+            self.dataloader = LookAhead(self.dataloader, self.lookahead, self.device)
+
+    def _after_training_epoch(self, **kwargs: Any) -> None:
+        if isinstance(self.dataloader, LookAhead):
+            self.dataloader = self.dataloader.loader
+        super()._after_training_epoch(**kwargs)
+
+    def _before_forward(self, **kwargs: Any) -> None:
+        super()._before_forward(**kwargs)
+        # Asked here: what comes after the plugins may change the layout, but not the values.
+        loader = self.dataloader
+        self._as_drawn = isinstance(loader, LookAhead) and loader.gave(self.mb_x)
 
     def forward(self) -> Tensor:
         """Logits over all labels; in training the features are kept for the auxiliary head."""
         if not self.is_training:
             return self.model(self.mb_x)
-        self._features = self.model.super_feature(self.mb_x)
+        if self.model.gates is not None:
+            loader: Any = self.dataloader
+            self.model.gates.anneal(self.clock.train_epoch_iterations + 1, len(loader))
+        self._features = self.model.super_feature(self.mb_x, self._frozen_features())
         return self.model.logits(self._features)
 
+    def _frozen_features(self) -> Tensor | None:
+        """Those of this batch, from a pass over all batches that have been fetched."""
+        if not isinstance(self.dataloader, LookAhead):
+            return None
+        if not self._ahead:
+            upcoming = list(self.dataloader.upcoming)
+            features = self.model.old_features(torch.cat(upcoming))
+            assert features is not None
+            self._ahead.extend(features.split([len(x) for x in upcoming]))
+        ready = self._ahead.popleft()
+        return ready if self._as_drawn else None
+
     def criterion(self) -> Tensor:
-        """The classifier's loss, in training with the auxiliary one."""
+        """The classifier's loss, in training with the auxiliary one and the sparsity loss."""
         loss = super().criterion()
-        if not self.is_training or len(self.model.extractors) < 2 or not self.auxiliary:
-            self._features = None
+        features, self._features = self._features, None
+        if not self.is_training:
             return loss
-        assert self._features is not None
-        z = self.model.auxiliary_logits(self._features)
-        self._features = None
-        return loss + self.auxiliary * F.cross_entropy(z, self.model.auxiliary_labels(self.mb_y))
+        if len(self.model.extractors) > 1 and self.auxiliary:
+            assert features is not None
+            z = self.model.auxiliary_logits(features)
+            labels = self.model.auxiliary_labels(self.mb_y)
+            loss = loss + self.auxiliary * F.cross_entropy(z, labels)
+        if self.prune is not None and self.model.gates is not None:
+            loss = loss + self.prune.lam * self.model.gates.sparsity_loss()
+        return loss
+
+    def _after_update(self, **kwargs: Any) -> None:
+        if self.model.gates is not None:
+            self.model.gates.clamp_embeddings()
+        super()._after_update(**kwargs)
 
     # stage 2 --------------------------------------------------------------------------------
 
     def _after_training_exp(self, **kwargs: Any) -> None:
+        masked = self.model.gates is not None
+        shares = self.model.settle()
+        if self.prune is not None and masked:
+            self.channels_kept.append(shares)
+            for name, share in shares.items():
+                publish(self, self, f"ChannelsKept_{name}", share)
+            if self.prune.recalibrate:
+                recalibrate_batch_norms(self.model.extractors[-1], self._inputs())
         if len(self.model.extractors) > 1 and self.classifier_stage.epochs:
             self._train_classifier()
         super()._after_training_exp(**kwargs)
+
+    def _inputs(self) -> Iterator[Tensor]:
+        """One more pass over the experience and the memory, as in training."""
+        for batch in self.dataloader:
+            if len(batch[0]) > 1:  # of one sample there is no variance
+                yield batch[0].to(self.device)
 
     def _train_classifier(self) -> None:
         stage, model, head = self.classifier_stage, self.model, self.model.classifier
@@ -272,4 +359,4 @@ def _positions(y: Tensor, classes: Sequence[int]) -> Tensor:
 
 def _set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_factor", 1.0)
