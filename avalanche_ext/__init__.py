@@ -30,7 +30,8 @@ _PUBLIC = {
     "HerdingMemory": "training.storage_policy.herding",
     "ClassifierStage": "training.supervised.expandable_der",
     "ExpandableDER": "training.supervised.expandable_der",
-    "Schedule": "training.supervised.expandable_der",
+    "Schedule": "training.schedule",
+    "SchedulePlugin": "training.plugins.schedule",
     "ChannelMasks": "models.expandable_net",
     "ExpandableNet": "models.expandable_net",
     "GatedNetwork": "models.channel_gates",
@@ -69,6 +70,7 @@ __all__ = [
     "ReservoirMemory",
     "ResourceMetrics",
     "Schedule",
+    "SchedulePlugin",
     "ShuffleReplayPlugin",
     "__version__",
     "build_backbone",
@@ -99,6 +101,8 @@ if TYPE_CHECKING:
     from avalanche_ext.training.plugins.er import ERPlugin
     from avalanche_ext.training.plugins.precision import PrecisionPlugin
     from avalanche_ext.training.plugins.shuffle_replay import ShuffleReplayPlugin
+    from avalanche_ext.training.plugins.schedule import SchedulePlugin
+    from avalanche_ext.training.schedule import Schedule
     from avalanche_ext.training.storage_policy.exemplar_memory import (
         ClassBalancedMemory,
         ExemplarMemory,
@@ -106,11 +110,7 @@ if TYPE_CHECKING:
         ReservoirMemory,
     )
     from avalanche_ext.training.storage_policy.herding import HerdingMemory
-    from avalanche_ext.training.supervised.expandable_der import (
-        ClassifierStage,
-        ExpandableDER,
-        Schedule,
-    )
+    from avalanche_ext.training.supervised.expandable_der import ClassifierStage, ExpandableDER
 
 
 def __getattr__(name: str) -> Any:

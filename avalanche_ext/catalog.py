@@ -170,6 +170,8 @@ def _expandable_der(recipe: Any, **options: Any) -> Any:
         build_backbone,
     )
 
+    own_first = recipe.first_epochs is not None
+    first = Schedule(recipe.lr, 0, recipe.first_milestones) if own_first else None
     masks = ChannelMasks(recipe.lam, recipe.s_max, recipe.gate_lr_factor)
     return ExpandableDER(
         backbone=build_backbone(
@@ -182,6 +184,7 @@ def _expandable_der(recipe: Any, **options: Any) -> Any:
         prune=masks if recipe.prune else None,
         lookahead=recipe.lookahead,
         schedule=Schedule(recipe.lr, recipe.warmup_epochs, recipe.milestones),
+        first_schedule=first,
         classifier_stage=ClassifierStage(
             recipe.classifier_epochs,
             Schedule(recipe.lr, 0, recipe.classifier_milestones),

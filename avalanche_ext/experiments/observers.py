@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -80,7 +81,7 @@ class Progress(SupervisedPlugin):
     Args:
         title: Text in front of the bar.
         sizes: Training samples of each experience.
-        epochs: Epochs per experience.
+        epochs: Epochs of each experience, or of all.
         file: Where to draw; standard error by default.
         shown: Whether to draw; by default if ``file`` is a terminal.
         say: Called with a line of text where no bar is drawn; nothing is said by default.
@@ -90,20 +91,23 @@ class Progress(SupervisedPlugin):
         self,
         title: str,
         sizes: Sequence[int],
-        epochs: int,
+        epochs: int | Sequence[int],
         *,
         file: Any = None,
         shown: bool | None = None,
         say: Callable[[str], None] | None = None,
     ) -> None:
         super().__init__()
-        self.title, self.sizes, self.epochs = title, list(sizes), epochs
+        self.title, self.sizes = title, list(sizes)
+        self.epochs = [epochs] * len(sizes) if isinstance(epochs, int) else list(epochs)
+        each = [n * e for n, e in zip(self.sizes, self.epochs, strict=True)]
+        self._ends = [0, *itertools.accumulate(each)]  # samples before each experience
         self._begun, self._steps, self._step = 0, 1, 0
         self._experience, self._at = 0, 0
         # A step of tqdm's own choosing and a mean over the last moments stop the bar at evaluations
         # and leave their time out of the forecast.
         self._bar = tqdm(
-            total=sum(self.sizes) * epochs, desc=title, unit=" samples", unit_scale=True,
+            total=self._ends[-1], desc=title, unit=" samples", unit_scale=True,
             leave=False, file=file, disable=None if shown is None else not shown,
             miniters=1, smoothing=0,
         )  # fmt: skip
@@ -116,11 +120,12 @@ class Progress(SupervisedPlugin):
         """Name the experience and the epoch."""
         k, epoch = strategy.clock.train_exp_counter, strategy.clock.train_exp_epochs
         self._experience = k
-        self._begun = (sum(self.sizes[:k]) * self.epochs) + self.sizes[k] * epoch
+        self._begun = self._ends[k] + self.sizes[k] * epoch
         self._steps = max(1, len(strategy.dataloader))
         self._step = 0
         self._bar.set_postfix_str(
-            f"experience {k + 1}/{len(self.sizes)}, epoch {epoch + 1}/{self.epochs}", refresh=False
+            f"experience {k + 1}/{len(self.sizes)}, epoch {epoch + 1}/{self.epochs[k]}",
+            refresh=False,
         )
         self._move(self._begun)
 
@@ -139,7 +144,7 @@ class Progress(SupervisedPlugin):
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Advance to the end of the experience, however many epochs it took, and say so."""
         k = self._experience
-        self._move(sum(self.sizes[: k + 1]) * self.epochs)
+        self._move(self._ends[k + 1])
         now = time.monotonic()
         if self._say is None or not self._bar.disable or now - self._spoke < _SILENCE:
             return
@@ -147,7 +152,7 @@ class Progress(SupervisedPlugin):
             return
         self._spoke = now
         rate = (self._at - self._first) / (now - self._started)
-        left = (sum(self.sizes) * self.epochs - self._at) / rate
+        left = (self._ends[-1] - self._at) / rate
         self._say(
             f"{self.title}: experience {k + 1}/{len(self.sizes)} trained on, "
             f"{rate:,.0f} samples/s, {timedelta(seconds=round(left))} left"
@@ -155,7 +160,7 @@ class Progress(SupervisedPlugin):
 
     def skip(self, experiences: int) -> None:
         """Begin behind the experiences of an earlier process, which do not count as progress."""
-        self._at = self._here = self._first = sum(self.sizes[:experiences]) * self.epochs
+        self._at = self._here = self._first = self._ends[experiences]
         self._bar.initial = self._bar.n = self._at
         self._bar.refresh()
 

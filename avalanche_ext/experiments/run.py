@@ -32,6 +32,8 @@ from avalanche_ext.models.backbones import build_backbone, freeze
 from avalanche_ext.recipes import Recipe
 from avalanche_ext.recipes.settings import completed, to_json
 from avalanche_ext.training.plugins.device_data import DeviceDataPlugin
+from avalanche_ext.training.plugins.schedule import SchedulePlugin
+from avalanche_ext.training.schedule import Schedule
 
 __all__ = [
     "FinishedError",
@@ -177,7 +179,9 @@ def run_seed(
     RNGManager.set_random_seeds(seed)  # after the benchmark, which draws random numbers too
     logs = Logs(folder)
     title = f"{card.title}, seed {seed}"
-    progress = Progress(title, _sizes(benchmark.train_stream), recipe.epochs, say=say)
+    sizes_of_stream = _sizes(benchmark.train_stream)
+    epochs = [recipe.epochs_of(k) for k in range(len(sizes_of_stream))]
+    progress = Progress(title, sizes_of_stream, epochs, say=say)
     challenge = ChallengeMetrics()
     counter, classes = SampleCounter(), ClassCounter(recipe.benchmark.n_outputs)
     strategy = build_strategy(
@@ -204,6 +208,7 @@ def run_seed(
         if k < len(matrix):
             continue
         start = time.perf_counter()
+        strategy.train_epochs = epochs[k]
         checkpoints.train(k, experience)
         seconds.append(time.perf_counter() - start)
         sizes.append(count_parameters(strategy.model))
@@ -273,7 +278,7 @@ def build_strategy(
     The network's first weights come from torch's global random state: seed it before.
     """
     card = find_card(recipe.method)
-    options = {
+    options: dict[str, Any] = {
         "criterion": torch.nn.CrossEntropyLoss(),
         "train_mb_size": recipe.batch_size,
         "train_epochs": recipe.epochs,
@@ -284,6 +289,9 @@ def build_strategy(
     }
     if card.make is not None:
         return card.make(recipe, **options)
+    if recipe.warmup_epochs or recipe.milestones:
+        schedule = Schedule(recipe.lr, recipe.warmup_epochs, recipe.milestones)
+        options["plugins"].insert(0, SchedulePlugin(schedule))
     model = build_model(recipe)
     optimizer = torch.optim.SGD(
         model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay

@@ -198,6 +198,10 @@ class ExpandableNet(DynamicModule):
         newest = self.extractors[-1] if self.extractors else None
         return newest if isinstance(newest, GatedNetwork) else None
 
+    def parts_to_compile(self) -> list[nn.Module]:
+        """What ``CompilePlugin`` compiles: the extractor that is trained."""
+        return list(self.extractors[-1:])
+
     def settle(self) -> dict[str, float]:
         """End the learning of the newest extractor: drop the auxiliary head, prune by the masks.
 

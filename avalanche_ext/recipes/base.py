@@ -40,6 +40,9 @@ class Recipe:
         weight_decay: Its weight decay.
         batch_size: Current samples per step.
         epochs: Passes over each experience.
+        warmup_epochs: Epochs of each experience in which the learning rate rises.
+        milestones: Epochs after them at which it falls by 0.1. With either of the two, the
+            optimizer starts anew in every experience.
         seeds: Seeds of initialisation and draws; one run each.
         order_seeds: Seeds of the order of the classes, one for each of ``seeds`` (one alone
             goes with all of them, and one of ``seeds`` with all of these); empty for the
@@ -65,6 +68,8 @@ class Recipe:
     weight_decay: float = 0.0
     batch_size: int = 10
     epochs: int = 1
+    warmup_epochs: int = 0
+    milestones: tuple[int, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2)
     order_seeds: tuple[int, ...] = ()
     title: str = ""
@@ -88,9 +93,13 @@ class Recipe:
         n = max(len(self.seeds), len(orders))
         return tuple((self.seeds[k % len(self.seeds)], orders[k % len(orders)]) for k in range(n))
 
+    def epochs_of(self, experience: int) -> int:
+        """Passes over an experience, by its number in the stream."""
+        return self.epochs
+
     def smoke(self) -> Recipe:
         """The same recipe with few images, one epoch and one seed, held to nothing."""
         return dataclasses.replace(
-            self, benchmark=self.benchmark.smoke(), epochs=1, seeds=self.seeds[:1],
+            self, benchmark=self.benchmark.smoke(), epochs=1, warmup_epochs=0, seeds=self.seeds[:1],
             order_seeds=self.order_seeds[:1], published=(),
         )  # fmt: skip

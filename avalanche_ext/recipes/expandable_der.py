@@ -2,8 +2,7 @@
 
 Schedules are those of the authors' released code. Class orders come from ``order_seeds``; 1993 is
 the order for which results of that code are on record (the paper's own three orders are PODNet's).
-In the protocols B50 the code trains the first half of the classes on another schedule (200 epochs,
-no warm-up, drops at 60, 120 and 160); here all experiences have one.
+In the protocols B50 the code trains the first half of the classes on a schedule of its own.
 """
 
 from __future__ import annotations
@@ -26,8 +25,9 @@ class ExpandableRecipe(Recipe):
         mem: Exemplars in all.
         mem_per_class: Exemplars of each class, instead.
         auxiliary: Weight of the auxiliary loss.
-        warmup_epochs: Epochs in which the learning rate rises.
-        milestones: Epochs after them at which it falls by 0.1.
+        first_epochs: Passes over the first experience, where they are other than ``epochs``;
+            these are without warm-up.
+        first_milestones: The milestones then.
         classifier_epochs: Epochs of stage 2.
         classifier_milestones: Its milestones.
         temperature: Its temperature.
@@ -48,6 +48,8 @@ class ExpandableRecipe(Recipe):
     auxiliary: float = 1.0
     warmup_epochs: int = 10
     milestones: tuple[int, ...] = (100, 120)
+    first_epochs: int | None = None
+    first_milestones: tuple[int, ...] = ()
     classifier_epochs: int = 30
     classifier_milestones: tuple[int, ...] = (15,)
     temperature: float = 5.0
@@ -64,7 +66,12 @@ class ExpandableRecipe(Recipe):
         """Few images, one epoch of each stage, one seed."""
         small = super().smoke()
         assert isinstance(small, ExpandableRecipe)
-        return dataclasses.replace(small, classifier_epochs=1, warmup_epochs=0, batch_size=16)
+        return dataclasses.replace(small, classifier_epochs=1, first_epochs=None, batch_size=16)
+
+    def epochs_of(self, experience: int) -> int:
+        """See ``Recipe``."""
+        own = self.first_epochs is not None and experience == 0
+        return self.first_epochs if own else self.epochs  # type: ignore[return-value]
 
 
 _PAPER = "Yan, Xie, He (2021), tables of CIFAR-100"
@@ -102,6 +109,7 @@ def _cifar100() -> dict[str, Recipe]:
         **{f"b50_{n}": (SplitCIFAR100(n_experiences=n + 1, first_classes=50), 20, rows)
            for n, rows in _CIFAR100_B50.items()},
     }  # fmt: skip
+    half_first = {"first_epochs": 200, "first_milestones": (60, 120, 160)}
     made: dict[str, Recipe] = {}
     for stream, (benchmark, per_class, rows) in streams.items():
         for prune, figures in zip((False, True), rows, strict=True):
@@ -110,7 +118,7 @@ def _cifar100() -> dict[str, Recipe]:
                 name=name, method="expandable_der", benchmark=benchmark, mem_per_class=per_class,
                 backbone="cifar_resnet18", epochs=170, seeds=(0, 1, 2), order_seeds=(1993,),
                 prune=prune, title="ExpandableDER, pruned" if prune else "", lookahead=16,
-                published=_held_to(*figures),
+                published=_held_to(*figures), **(half_first if per_class else {}),
             )  # fmt: skip
     return made
 
@@ -125,7 +133,7 @@ _MNIST = dataclasses.replace(
 )  # fmt: skip
 _CIFAR20 = dataclasses.replace(
     _DIGITS, benchmark=SplitCIFAR100(n_experiences=5, class_order=_TWENTY),
-    backbone="small_convnet", batch_size=64, epochs=12, mem=200, warmup_epochs=2, milestones=(7,),
+    backbone="small_convnet", batch_size=64, epochs=12, mem=400, warmup_epochs=2, milestones=(7,),
     classifier_epochs=8, classifier_milestones=(4,),
 )  # fmt: skip
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from avalanche_ext import (
     ChannelMasks,
     ClassifierStage,
+    CompilePlugin,
     DRLPlugin,
     ExpandableDER,
     Schedule,
@@ -24,6 +25,7 @@ from avalanche_ext.evaluation.accounting import bytes_by_kind
 from avalanche_ext.experiments.checkpoint import Checkpoints
 from avalanche_ext.experiments.run import build_strategy, run_seed
 from avalanche_ext.recipes import find_recipe
+from avalanche_ext.recipes.streams import SplitDigits
 from tests.conftest import class_stream
 
 PAPER = Schedule(0.1, 10, (100, 120))
@@ -353,7 +355,50 @@ def test_drl_on_top_changes_the_loss_by_its_term():
     assert not torch.equal(plain.model.classifier.weight, with_drl.model.classifier.weight)
 
 
+@pytest.mark.parametrize("prune", [None, ChannelMasks()])
+def test_the_extractor_that_is_trained_is_compiled(prune):
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(1)
+        return graph.forward
+
+    results = []
+    for plugins in ([], [CompilePlugin(backend=backend)]):
+        strategy = strategy_of(plugins, prune=prune)
+        counts = []
+        for experience in class_stream(3).train_stream[:2]:
+            strategy.train(experience)
+            counts.append(len(compiled))
+        results.append(strategy.model.state_dict())
+    assert 0 < counts[0] < counts[1]
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, atol=1e-5, rtol=1e-5)
+
+
 def test_nothing_is_exported_under_the_name_that_avalanche_uses():
     import avalanche_ext
 
     assert not hasattr(avalanche_ext, "DER")
+
+
+def test_the_first_experience_may_have_a_schedule_of_its_own():
+    watch = Watch()
+    strategy = strategy_of([watch], first_schedule=Schedule(0.3, 0, (1,)))
+    for experience in class_stream(3).train_stream[:2]:
+        strategy.train(experience)
+    assert watch.rates[:15] == pytest.approx([0.3] * 5 + [0.03] * 10)
+    assert watch.rates[15] == pytest.approx(0.05)
+
+
+def test_a_run_trains_the_first_experience_for_its_own_epochs(tmp_path):
+    recipe = dataclasses.replace(
+        find_recipe("expandable_der/cifar100_b50_5"), benchmark=SplitDigits().smoke(),
+        backbone="mlp", hidden=(5,), epochs=1, first_epochs=3, warmup_epochs=0, batch_size=40,
+        classifier_epochs=0, mem=20, mem_per_class=None, order_seeds=(), published=(),
+    )  # fmt: skip
+    assert [recipe.epochs_of(k) for k in range(3)] == [3, 1, 1]
+    result = run_seed(recipe, 0, tmp_path / "s")
+    # Forty images each; 20, 20, 18 and 16 exemplars beside them.
+    assert result["samples_trained"] == 3 * 40 + 4 * 40 + 20 + 20 + 18 + 16
+    assert result["parameters_per_experience"] == [(65 * 5 + 5 * 2 * t) * t for t in range(1, 6)]

@@ -26,6 +26,8 @@ Decisions and limits:
     6. ``mode="reduce-overhead"`` reuses output memory between calls: not for methods that make
        several forward passes per step.
     7. Modules that another method adds or replaces in mid-stream are compiled when they come.
+    8. Of a model with ``parts_to_compile()`` these parts are compiled, one by one, as each
+       experience begins. ``ExpandableNet`` names the extractor that is trained.
 
 Cost: the compilations, seconds to minutes each with inductor; about 20 microseconds per call; the
 head's unused rows.
@@ -129,7 +131,11 @@ class CompilePlugin(SupervisedPlugin, supports_distributed=True):
             _replace(strategy, head, fixed)
 
     def _compile(self, strategy: Any) -> None:
-        model = strategy.model
+        parts = getattr(strategy.model, "parts_to_compile", lambda: [strategy.model])
+        for module in parts():
+            self._compile_module(module)
+
+    def _compile_module(self, model: nn.Module) -> None:
         call = getattr(model, "_compiled_call_impl", None)
         if isinstance(call, _CompiledCall) and call.settings == (self.backend, self.mode):
             return

@@ -57,31 +57,10 @@ from avalanche_ext.training.loading.sampling import seeded
 from avalanche_ext.training.loading.sources import source_for
 from avalanche_ext.training.plugins.shuffle_replay import ShuffleReplayPlugin
 from avalanche_ext.training.publishing import publish
+from avalanche_ext.training.schedule import Schedule, set_rate
 from avalanche_ext.training.storage_policy.herding import HerdingMemory
 
-__all__ = ["ClassifierStage", "ExpandableDER", "Schedule"]
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Learning rate of an epoch: a linear warm-up, then a factor 0.1 at each milestone.
-
-    Args:
-        lr: Learning rate after warm-up.
-        warmup_epochs: In epoch e of the warm-up it is ``lr * (e + 1) / warmup_epochs``.
-        milestones: Epochs of the drops, counted from the end of the warm-up.
-    """
-
-    lr: float = 0.1
-    warmup_epochs: int = 10
-    milestones: tuple[int, ...] = (100, 120)
-
-    def at(self, epoch: int) -> float:
-        """The learning rate of an epoch, counted from 0."""
-        if epoch < self.warmup_epochs:
-            return self.lr * (epoch + 1) / self.warmup_epochs
-        drops = sum(epoch - self.warmup_epochs >= m for m in self.milestones)
-        return self.lr * 0.1**drops
+__all__ = ["ClassifierStage", "ExpandableDER"]
 
 
 @dataclass(frozen=True)
@@ -109,6 +88,7 @@ class ExpandableDER(SupervisedTemplate):
         auxiliary: Weight of the auxiliary loss (paper's code: 1).
         prune: Channel masks and their removal; ``None`` keeps every channel.
         schedule: Learning rate of stage 1.
+        first_schedule: The same for the first experience; ``schedule`` by default.
         classifier_stage: Stage 2.
         momentum: Of both stages' SGD.
         weight_decay: Of both.
@@ -137,6 +117,7 @@ class ExpandableDER(SupervisedTemplate):
         auxiliary: float = 1.0,
         prune: ChannelMasks | None = None,
         schedule: Schedule | None = None,
+        first_schedule: Schedule | None = None,
         classifier_stage: ClassifierStage | None = None,
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
@@ -155,6 +136,7 @@ class ExpandableDER(SupervisedTemplate):
         self.prune = prune
         self.lookahead = lookahead
         self.schedule = schedule or Schedule()
+        self.first_schedule = first_schedule or self.schedule
         self.classifier_stage = classifier_stage or ClassifierStage()
         self.momentum, self.weight_decay = momentum, weight_decay
         self.reset_heads = reset_heads
@@ -201,8 +183,9 @@ class ExpandableDER(SupervisedTemplate):
 
     def _before_training_epoch(self, **kwargs: Any) -> None:
         epoch = self.clock.train_exp_epochs
-        _set_rate(self.optimizer, self.schedule.at(epoch))
-        if self.reset_heads and epoch == self.schedule.warmup_epochs > 0:
+        schedule = self.schedule if len(self.model.extractors) > 1 else self.first_schedule
+        set_rate(self.optimizer, schedule.at(epoch))
+        if self.reset_heads and epoch == schedule.warmup_epochs > 0:
             self.model.reset_heads()
         super()._before_training_epoch(**kwargs)
         self._ahead.clear()
@@ -296,7 +279,7 @@ class ExpandableDER(SupervisedTemplate):
         draws = seeded(torch.initial_seed(), self._stages)
         samples = self._balanced(draws)
         for epoch in range(stage.epochs):
-            _set_rate(optimizer, stage.schedule.at(epoch))
+            set_rate(optimizer, stage.schedule.at(epoch))
             for batch in samples.order(draws).split(self.train_mb_size):
                 x, y = (part.to(self.device) for part in samples.gather(batch, draws))
                 with torch.no_grad():
@@ -355,8 +338,3 @@ def _positions(y: Tensor, classes: Sequence[int]) -> Tensor:
     table = torch.zeros(max(classes) + 1, dtype=torch.int64, device=y.device)
     table[torch.tensor(classes, device=y.device)] = torch.arange(len(classes), device=y.device)
     return table[y]
-
-
-def _set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_factor", 1.0)
