@@ -196,6 +196,9 @@ FORMATS: dict[str, Callable[[Rows], str]] = {
 
 def _shown(rows: Rows) -> list[tuple[str, str, float, int]]:
     held = {*(field for row in rows for field in row)}
+    sizes = {row["parameters_mean"]["mean"] for row in rows if "parameters_mean" in row}
+    if len(sizes) < 2:  # of interest where networks differ in size
+        held.discard("parameters_mean")
     held |= {figure["quantity"] for row in rows for figure in row.get("published") or ()}
     return [c for c in ALL_COLUMNS if c[0] in held]
 

@@ -321,8 +321,8 @@ def summarise(homes: Iterable[Path], recipe: Recipe) -> dict[str, Any]:
     if not recipe.title and getattr(recipe, "mode", "per_group") != "per_group":
         title += f" {recipe.mode}"  # type: ignore[attr-defined]
     # The rest is in each result.json, and in the report's table of all metrics.
-    challenge = ("test_accuracy", "average_validation_accuracy")
-    shown = {*challenge, *(c[0] for c in COLUMNS), *(p.quantity for p in recipe.published)}
+    more = ("test_accuracy", "average_validation_accuracy", "parameters_mean")
+    shown = {*more, *(c[0] for c in COLUMNS), *(p.quantity for p in recipe.published)}
     return {
         "title": title,
         "recipe": recipe.name,

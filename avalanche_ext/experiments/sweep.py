@@ -306,6 +306,7 @@ def _train(sweep: Sweep, study: Any, trial: Any, folder: Path, say: Say) -> None
             return
         mean = row["average_accuracy"]["mean"]
         trial.set_user_attr("values", row["average_accuracy"]["values"])
+        trial.set_user_attr("parameters_mean", row["parameters_mean"]["mean"])
         trial.set_user_attr("seconds", sum(row["seconds"]["values"]))
         study.tell(trial, mean)
     except UpdateFinishedTrialError:

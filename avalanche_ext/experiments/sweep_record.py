@@ -61,18 +61,22 @@ def table(data: dict[str, Any]) -> str:
     shown = [row for row in data["trials"] if row["number"] not in repeated]
     shown.sort(key=lambda row: -row["accuracy"]["mean"] if row["accuracy"] else 1.0)
     names = list(data["sweep"]["grid"] or data["sweep"]["search"])
-    cells = [["trial", *names, "accuracy %", "train s", "state"]]
+    # Of no interest where every trial trains the same network.
+    sized = len({row["parameters_mean"] for row in shown} - {None}) > 1
+    size = ["parameters"] if sized else []
+    cells = [["trial", *names, "accuracy %", *size, "train s", "state"]]
     cells += [
         [
             str(row["number"]),
             *(_short(row["params"].get(name, "")) for name in names),
             _percent(row["accuracy"]),
+            *([f"{row['parameters_mean'] or 0:,.0f}"] if sized else []),
             f"{row['seconds']:.1f}" if row["seconds"] is not None else "",
             row["state"] if row["error"] is None else f"{row['state']}: {row['error']}",
         ]
         for row in shown
     ]
-    widths = [max(len(line[k]) for line in cells) for k in range(len(names) + 3)]
+    widths = [max(len(line[k]) for line in cells) for k in range(len(cells[0]) - 1)]
     lines = [
         "  ".join([*(c.rjust(w) for c, w in zip(line, widths, strict=False)), line[-1]])
         for line in cells
@@ -89,6 +93,7 @@ def _row(trial: Any) -> dict[str, Any]:
         "state": "lost" if is_lost(trial) else trial.state.name.lower().replace("fail", "failed"),
         "params": {name: value_text(value) for name, value in params.items()},
         "accuracy": aggregate(values) if trial.state.name == "COMPLETE" else None,
+        "parameters_mean": own.get("parameters_mean"),
         "seconds": own.get("seconds"),
         "worker": own.get("worker"),
         "retried_from": own.get("retried_from"),

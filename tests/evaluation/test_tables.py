@@ -150,3 +150,19 @@ def test_columns_are_each_shown_once():
     assert sorted(FORMATS) == ["csv", "latex", "markdown", "terminal"]
     row = {"title": "X", "seeds": 1, **{c[0]: aggregate([0.5]) for c in ALL_COLUMNS}}
     assert table_cells([row])[0] == ["method", "seeds", *(c[1] for c in ALL_COLUMNS)]
+
+
+def test_the_mean_of_parameters_is_shown_where_networks_differ():
+    def rows(*sizes):
+        return [
+            {"title": str(k), "seeds": 1, "average_accuracy": aggregate([0.5]),
+             "parameters_mean": aggregate([n])}
+            for k, n in enumerate(sizes)
+        ]  # fmt: skip
+
+    assert "parameters (mean)" not in table_cells(rows(7, 7))[0]
+    head, first, _ = table_cells(rows(7, 9))
+    assert first[head.index("parameters (mean)")] == "7"
+    held = [{**rows(7)[0], "published": [
+        {"quantity": "parameters_mean", "value": 9.0, "deviation": None, "source": "x"}]}]  # fmt: skip
+    assert "parameters (mean)" in table_cells(held)[0]
