@@ -148,8 +148,10 @@ def test_every_field_that_all_results_hold_is_aggregated():
 def test_columns_are_each_shown_once():
     assert sorted(ALL_COLUMNS) == sorted(COLUMNS + OPTIONAL_COLUMNS)
     assert sorted(FORMATS) == ["csv", "latex", "markdown", "terminal"]
-    row = {"title": "X", "seeds": 1, **{c[0]: aggregate([0.5]) for c in ALL_COLUMNS}}
-    assert table_cells([row])[0] == ["method", "seeds", *(c[1] for c in ALL_COLUMNS)]
+    rows = [
+        {"title": "X", "seeds": 1, **{c[0]: aggregate([v]) for c in ALL_COLUMNS}} for v in (0.5, 1)
+    ]
+    assert table_cells(rows)[0] == ["method", "seeds", *(c[1] for c in ALL_COLUMNS)]
 
 
 def test_the_mean_of_parameters_is_shown_where_networks_differ():
