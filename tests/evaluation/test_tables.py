@@ -165,6 +165,5 @@ def test_the_mean_of_parameters_is_shown_where_networks_differ():
     assert "parameters (mean)" not in table_cells(rows(7, 7))[0]
     head, first, _ = table_cells(rows(7, 9))
     assert first[head.index("parameters (mean)")] == "7"
-    held = [{**rows(7)[0], "published": [
-        {"quantity": "parameters_mean", "value": 9.0, "deviation": None, "source": "x"}]}]  # fmt: skip
-    assert "parameters (mean)" in table_cells(held)[0]
+    figure = {"quantity": "parameters_mean", "value": 9.0, "deviation": None, "source": "x"}
+    assert "parameters (mean)" in table_cells([{**rows(7)[0], "published": [figure]}])[0]
