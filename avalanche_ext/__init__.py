@@ -38,14 +38,28 @@ _PUBLIC = {
     "find_channel_groups": "models.channel_groups",
     "fold_batch_norms": "models.pruning",
     "prune_channels": "models.pruning",
+    "HATNet": "models.hat_net",
+    "HATPlugin": "training.plugins.hat",
     "GradientDiversity": "evaluation.metrics.gradient_diversity",
     "FixedSizeClassifier": "models.heads",
     "MLP": "models.mlp",
     "build_backbone": "models.backbones",
+    "SLNIPlugin": "training.plugins.slni",
+    "NeuronImportance": "training.plugins.slni",
+    "L1RepPlugin": "training.plugins.activation_penalty",
+    "DeCovPlugin": "training.plugins.activation_penalty",
+    "OrthRegPlugin": "training.plugins.parameter_penalty",
+    "L1ParamPlugin": "training.plugins.parameter_penalty",
+    "L2DecayPlugin": "training.plugins.parameter_penalty",
+    "Maxout": "models.competition",
+    "LWTA": "models.competition",
+    "CompetitiveMLP": "models.competition",
+    "SparsityMetrics": "evaluation.metrics.sparsity",
     "drl_loss": "functional.drl",
 }
 
 __all__ = [
+    "LWTA",
     "MLP",
     "AccuracyMatrixMetrics",
     "BERPlugin",
@@ -53,9 +67,11 @@ __all__ = [
     "ChannelMasks",
     "ClassBalancedMemory",
     "ClassifierStage",
+    "CompetitiveMLP",
     "CompilePlugin",
     "DRLPlugin",
     "DataParallelPlugin",
+    "DeCovPlugin",
     "DeviceDataPlugin",
     "ERPlugin",
     "ExemplarMemory",
@@ -65,13 +81,23 @@ __all__ = [
     "FixedSizeClassifier",
     "GatedNetwork",
     "GradientDiversity",
+    "HATNet",
+    "HATPlugin",
     "HerdingMemory",
+    "L1ParamPlugin",
+    "L1RepPlugin",
+    "L2DecayPlugin",
+    "Maxout",
+    "NeuronImportance",
+    "OrthRegPlugin",
     "PrecisionPlugin",
     "ReservoirMemory",
     "ResourceMetrics",
+    "SLNIPlugin",
     "Schedule",
     "SchedulePlugin",
     "ShuffleReplayPlugin",
+    "SparsityMetrics",
     "__version__",
     "build_backbone",
     "drl_loss",
@@ -85,23 +111,34 @@ if TYPE_CHECKING:
     from avalanche_ext.evaluation.metrics.gradient_diversity import GradientDiversity
     from avalanche_ext.evaluation.metrics.matrix import AccuracyMatrixMetrics
     from avalanche_ext.evaluation.metrics.resources import ResourceMetrics
+    from avalanche_ext.evaluation.metrics.sparsity import SparsityMetrics
     from avalanche_ext.functional.drl import drl_loss
     from avalanche_ext.models.backbones import build_backbone
     from avalanche_ext.models.channel_gates import GatedNetwork
     from avalanche_ext.models.channel_groups import find_channel_groups
+    from avalanche_ext.models.competition import LWTA, CompetitiveMLP, Maxout
     from avalanche_ext.models.expandable_net import ChannelMasks, ExpandableNet
+    from avalanche_ext.models.hat_net import HATNet
     from avalanche_ext.models.heads import FixedSizeClassifier
     from avalanche_ext.models.mlp import MLP
     from avalanche_ext.models.pruning import fold_batch_norms, prune_channels
+    from avalanche_ext.training.plugins.activation_penalty import DeCovPlugin, L1RepPlugin
     from avalanche_ext.training.plugins.ber import BERPlugin
     from avalanche_ext.training.plugins.compile import CompilePlugin
     from avalanche_ext.training.plugins.data_parallel import DataParallelPlugin
     from avalanche_ext.training.plugins.device_data import DeviceDataPlugin
     from avalanche_ext.training.plugins.drl import DRLPlugin
     from avalanche_ext.training.plugins.er import ERPlugin
+    from avalanche_ext.training.plugins.hat import HATPlugin
+    from avalanche_ext.training.plugins.parameter_penalty import (
+        L1ParamPlugin,
+        L2DecayPlugin,
+        OrthRegPlugin,
+    )
     from avalanche_ext.training.plugins.precision import PrecisionPlugin
-    from avalanche_ext.training.plugins.shuffle_replay import ShuffleReplayPlugin
     from avalanche_ext.training.plugins.schedule import SchedulePlugin
+    from avalanche_ext.training.plugins.shuffle_replay import ShuffleReplayPlugin
+    from avalanche_ext.training.plugins.slni import NeuronImportance, SLNIPlugin
     from avalanche_ext.training.schedule import Schedule
     from avalanche_ext.training.storage_policy.exemplar_memory import (
         ClassBalancedMemory,

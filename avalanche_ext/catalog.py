@@ -199,6 +199,24 @@ def _expandable_der(recipe: Any, **options: Any) -> Any:
     )  # fmt: skip
 
 
+def _hat(recipe: Any, plugins: list[Any], **options: Any) -> Any:
+    from avalanche.training.supervised import Naive
+    from torch.optim import SGD
+
+    from avalanche_ext import HATNet, HATPlugin, build_backbone
+
+    backbone = build_backbone(
+        recipe.backbone, 0, recipe.benchmark.in_shape, pretrained=recipe.pretrained,
+        hidden=recipe.hidden,
+    )  # fmt: skip
+    model = HATNet(backbone, s_max=recipe.s_max)
+    optimizer = SGD(
+        model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay
+    )
+    plugins = [HATPlugin(recipe.lam), *plugins]
+    return Naive(model=model, optimizer=optimizer, plugins=plugins, **options)
+
+
 CATALOG: dict[str, Card] = {
     card.key: card
     for card in (
@@ -226,6 +244,8 @@ CATALOG: dict[str, Card] = {
              "one extractor per experience, the classifier retrained on balanced samples",
              "expansion", _ours("ExpandableDER", "ExpandableNet"), lambda recipe: [],
              make=_expandable_der),
+        Card("hat", "HAT", "each task's own masks on the channels of one network, kept for it",
+             "expansion", _ours("HATPlugin", "HATNet"), lambda recipe: [], make=_hat),
         Card("gem", "GEM", "Avalanche's gradient episodic memory", "replay", _plugin("GEMPlugin"),
              lambda recipe: [_gem(recipe)], ours=False),
         Card("agem", "A-GEM", "Avalanche's averaged GEM", "replay", _plugin("AGEMPlugin"),

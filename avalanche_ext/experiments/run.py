@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from avalanche.models import as_multitask
 from avalanche.training.determinism.rng_manager import RNGManager
 from avalanche.training.plugins import EvaluationPlugin
 
@@ -300,12 +301,19 @@ def build_strategy(
 
 
 def build_model(recipe: Recipe) -> torch.nn.Module:
-    """The network of a recipe, its first weights from torch's global random state."""
+    """The network of a recipe, its first weights from torch's global random state.
+
+    With one head, or one for each experience of a task-incremental benchmark.
+    """
     model = build_backbone(
         recipe.backbone, recipe.benchmark.n_outputs, recipe.benchmark.in_shape,
         pretrained=recipe.pretrained, hidden=recipe.hidden,
     )  # fmt: skip
     freeze(model, recipe.freeze)
+    if getattr(recipe.benchmark, "scenario", "class") == "task":
+        # A head per task label; they are made as the experiences come.
+        name = getattr(model, "default_cfg", {}).get("classifier")
+        model = as_multitask(model, name or ("fc" if hasattr(model, "fc") else "classifier"))
     return model
 
 

@@ -13,11 +13,20 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from avalanche_ext.models.competition import CompetitiveMLP
 from avalanche_ext.models.mlp import MLP
 
-__all__ = ["BACKBONES", "CIFARResNet", "SmallConvNet", "build_backbone", "freeze"]
+__all__ = ["BACKBONES", "CIFARResNet", "PlainConvNet", "SmallConvNet", "build_backbone", "freeze"]
 
-BACKBONES = ("mlp", "small_convnet", "cifar_resnet18", "cifar_resnet32")
+BACKBONES = (
+    "mlp", "maxout_mlp", "lwta_mlp", "small_convnet", "conv_mlp", "vgg11_slim", "cifar_resnet18",
+    "cifar_resnet32",
+)  # fmt: skip
+# Channels of the convolutions, "M" a pooling.
+_PLAIN = {
+    "conv_mlp": (32, 32, "M", 64, 64, "M"),
+    "vgg11_slim": (64, "M", 128, "M", 256, 256, "M", 512, 512),
+}
 
 
 def build_backbone(
@@ -31,7 +40,9 @@ def build_backbone(
     """The network of that name with a fresh head of ``n_classes`` units.
 
     Args:
-        name: ``"mlp"``; ``"small_convnet"`` (three convolutions); ``"cifar_resnet18"`` (ResNet-18
+        name: ``"mlp"``; ``"maxout_mlp"`` and ``"lwta_mlp"``, whose hidden units compete in pairs;
+            ``"small_convnet"`` (three convolutions); ``"conv_mlp"`` (four) and ``"vgg11_slim"``
+            (seven), both with fully connected hidden layers behind; ``"cifar_resnet18"`` (ResNet-18
             with a 3 x 3 stem of stride 1 and no max-pooling) and ``"cifar_resnet32"`` (three stages
             of 16, 32, 64 channels), both for images of 32 x 32; or any name of ``timm.list_models``,
             such as ``"resnet50.tv_in1k"``.
@@ -39,7 +50,7 @@ def build_backbone(
         in_shape: Shape of one image, ``(channels, height, width)``.
         pretrained: Start from ImageNet's weights: ``True`` fetches those of timm, a path reads
             them from a file. Only for timm's names.
-        hidden: Widths of the MLP's hidden layers.
+        hidden: Widths of the fully connected hidden layers.
 
     Returns:
         The network, with attribute ``num_features``.
@@ -49,7 +60,7 @@ def build_backbone(
             are no weights.
         FileNotFoundError: If the weights cannot be fetched or read.
     """  # noqa: E501 - the list of names
-    if name != "mlp" and len(in_shape) != 3:
+    if not name.endswith("mlp") and len(in_shape) != 3:
         raise ValueError(
             f"{name} expects images of shape (channels, height, width); got {tuple(in_shape)}. "
             f"Only 'mlp' takes other shapes."
@@ -63,8 +74,13 @@ def build_backbone(
         )
     if name == "mlp":
         return MLP(math.prod(in_shape), hidden, n_classes)
+    if name in ("maxout_mlp", "lwta_mlp"):
+        competition = name.removesuffix("_mlp")
+        return CompetitiveMLP(math.prod(in_shape), hidden, n_classes, activation=competition)
     if name == "small_convnet":
         return SmallConvNet(n_classes, in_shape[0])
+    if name in _PLAIN:
+        return PlainConvNet(_PLAIN[name], hidden, n_classes, in_shape)
     if name == "cifar_resnet32":
         return CIFARResNet(5, n_classes, in_shape[0])
     return _cifar_resnet18(n_classes, in_shape[0])
@@ -122,6 +138,47 @@ class SmallConvNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
         return self.fc(self.features(x))
+
+
+class PlainConvNet(nn.Module):
+    """3 x 3 convolutions, ReLU and pooling, then fully connected layers; no batch norm.
+
+    The networks of Selfless Sequential Learning for CIFAR-100 and Tiny ImageNet are of this form.
+
+    Args:
+        convolutions: Channels of each convolution, and ``"M"`` for a 2 x 2 max-pooling.
+        hidden: Widths of the fully connected hidden layers.
+        n_classes: Units of the head; 0 for none.
+        in_shape: Shape of one image, ``(channels, height, width)``.
+
+    Shapes:
+        ``(B, *in_shape)`` to ``(B, n_classes)``, or ``(B, hidden[-1])`` without a head.
+    """
+
+    def __init__(
+        self, convolutions: Sequence[int | str], hidden: Sequence[int], n_classes: int,
+        in_shape: Sequence[int],
+    ) -> None:  # fmt: skip
+        super().__init__()
+        channels, height, width = in_shape
+        layers: list[nn.Module] = []
+        for entry in convolutions:
+            if isinstance(entry, str):
+                layers.append(nn.MaxPool2d(2))
+                height, width = height // 2, width // 2
+            else:
+                layers += [nn.Conv2d(channels, entry, 3, padding=1), nn.ReLU()]
+                channels = entry
+        if not height or not width:
+            raise ValueError(f"images of {tuple(in_shape)} are too small for {convolutions}.")
+        self.features = nn.Sequential(*layers, nn.Flatten())
+        self.hidden = MLP(channels * height * width, hidden, 0)
+        self.num_features = self.hidden.num_features
+        self.fc = nn.Linear(self.num_features, n_classes) if n_classes else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        return self.fc(self.hidden(self.features(x)))
 
 
 class _Block(nn.Module):

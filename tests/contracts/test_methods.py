@@ -16,11 +16,13 @@ from avalanche.training.plugins import EWCPlugin, LwFPlugin, ReplayPlugin, Super
 from avalanche_ext.catalog import CATALOG
 from avalanche_ext.evaluation.accounting import bytes_remembered
 from avalanche_ext.experiments.run import build_strategy
-from avalanche_ext.recipes import find_recipe
+from avalanche_ext.recipes import Recipe, find_recipe
 
 OURS = [key for key, card in CATALOG.items() if card.ours]
-# Methods that are plugins alone; the others own their strategy.
-PLUGINS = [key for key in OURS if CATALOG[key].make is None]
+# Methods that are plugins alone; the others own their strategy or their network.
+PLUGINS = [key for key in OURS if CATALOG[key].make is None and key not in ("maxout", "lwta")]
+# Any other network than these methods' own is refused.
+OWNERS = [key for key in OURS if CATALOG[key].make is not None]
 STOCK = {
     "replay": lambda: ReplayPlugin(mem_size=20),
     "lwf": lambda: LwFPlugin(alpha=0.5, temperature=2),
@@ -29,7 +31,10 @@ STOCK = {
 
 
 def smoke(key, **changes):
-    return dataclasses.replace(find_recipe(f"{key}/split_digits").smoke(), **changes)
+    """The smoke test of a method's small recipe, ``changes`` to the fields that it has."""
+    recipe = find_recipe(f"{key}/split_digits").smoke()
+    fields = {f.name for f in dataclasses.fields(recipe)}
+    return dataclasses.replace(recipe, **{k: v for k, v in changes.items() if k in fields})
 
 
 def train(recipe, plugins=(), *, before=(), experiences=slice(None), strategy=None, seed=3):
@@ -57,9 +62,12 @@ def test_every_key_has_its_offline_recipe_and_it_trains(key):
 
 @pytest.mark.parametrize("key", PLUGINS)
 def test_weight_zero_is_naive_bit_for_bit(key):
-    nothing = train(smoke("naive"))
-    assert torch.equal(weights(train(smoke(key, lam=0.0, mem=0))), weights(nothing))
-    assert not torch.equal(weights(train(smoke(key))), weights(nothing))
+    recipe = smoke(key)
+    shared = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(Recipe)}
+    nothing = train(Recipe(**{**shared, "method": "naive"}))
+    none = {"lam": 0.0, "mem": 0, "anchor_lam": 0.0}
+    assert torch.equal(weights(train(smoke(key, **none))), weights(nothing))
+    assert not torch.equal(weights(train(recipe)), weights(nothing))
 
 
 @pytest.mark.parametrize("key", CATALOG)
@@ -121,7 +129,8 @@ def test_composes_with_avalanches_plugins_in_either_order(key, stock):
         before = train(recipe, before=[STOCK[stock]()])
         alone = train(recipe)
     torch.testing.assert_close(weights(after), weights(before), rtol=0, atol=2e-5)
-    assert not torch.equal(weights(after), weights(alone))
+    # What HAT gives for earlier tasks cannot move, so LwF has nothing to hold.
+    assert torch.equal(weights(after), weights(alone)) == ((key, stock) == ("hat", "lwf"))
 
 
 @pytest.mark.parametrize(("one", "two"), itertools.combinations(PLUGINS, 2))
@@ -132,12 +141,11 @@ def test_our_methods_compose_with_each_other_in_either_order(one, two):
     torch.testing.assert_close(weights(forward), weights(backward), rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize(
-    ("key", "owner"), itertools.product(PLUGINS, [k for k in OURS if k not in PLUGINS])
-)
+@pytest.mark.parametrize(("key", "owner"), itertools.product(PLUGINS, OWNERS))
+@pytest.mark.filterwarnings("ignore:label . occurs in tasks")  # as it does in HAT's stream
 def test_our_plugins_compose_with_our_strategies_in_either_order(key, owner):
     recipe = smoke(owner)
-    if key.endswith("shuffle_replay"):
+    if key.endswith("shuffle_replay") and owner == "expandable_der":
         pytest.skip("the strategy shuffles a memory of its own into the epoch")
     after = train(recipe, CATALOG[key].build(smoke(key)))
     before = train(recipe, before=CATALOG[key].build(smoke(key)))
@@ -191,7 +199,10 @@ def test_evaluation_in_mid_training_does_not_change_the_result(key):
     assert torch.equal(weights(observed), weights(train(recipe)))
 
 
-@pytest.mark.parametrize("key", [k for k in CATALOG if k not in ("naive", "drl", "joint")])
+@pytest.mark.parametrize(
+    "key", [k for k in CATALOG if hasattr(find_recipe(f"{k}/split_digits"), "mem")
+            and k not in ("drl", "naive", "joint")],
+)  # fmt: skip
 def test_bytes_remembered_are_those_of_the_exemplars(key):
     # 40 images per experience in all; a sample is 64 float32, a label and a task label.
     recipe = smoke(key, mem=25)

@@ -116,3 +116,24 @@ def test_unreachable_weights_are_an_error_that_says_so(monkeypatch):
     monkeypatch.setattr(timm, "create_model", unreachable)
     with pytest.raises(FileNotFoundError, match="could not be fetched"):
         build_backbone("resnet50.tv_in1k", 50, (3, 128, 128), pretrained=True)
+
+
+def test_the_networks_of_selfless_learning():
+    x = torch.rand(2, 3, 32, 32)
+    small = build_backbone("conv_mlp", 10, (3, 32, 32), hidden=(256, 128))
+    assert small(x).shape == (2, 10)
+    # Four convolutions, then 64 x 8 x 8 numbers.
+    convolutions = (27 + 1) * 32 + (288 + 1) * 32 + (288 + 1) * 64 + (576 + 1) * 64
+    assert sum(p.numel() for p in small.features.parameters()) == convolutions
+    assert small.hidden.features[0].weight.shape == (256, 4096)
+    slim = build_backbone("vgg11_slim", 20, (3, 56, 56), hidden=(500, 500))
+    assert slim.hidden.features[0].weight.shape == (500, 25088)
+    assert slim.num_features == 500
+    bare = build_backbone("conv_mlp", 0, (1, 28, 28), hidden=(7,))
+    assert bare(torch.rand(2, 1, 28, 28)).shape == (2, 7)
+    assert build_backbone("maxout_mlp", 4, (1, 8, 8), hidden=(6, 6))(x[:, :1, :8, :8]).shape == (
+        2,
+        4,
+    )
+    with pytest.raises(ValueError, match="too small"):
+        build_backbone("vgg11_slim", 2, (3, 7, 7))

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, defau
 
 from avalanche_ext.training.checks import check_experience, check_labels_fit
 from avalanche_ext.training.loading.loader import ReplayLoader, ReplayPart, options_for
-from avalanche_ext.training.loading.resident_loader import ResidentLoader
 from avalanche_ext.training.loading.lookahead import LookAhead
+from avalanche_ext.training.loading.resident_loader import ResidentLoader
 from avalanche_ext.training.loading.sampling import Draw, GroupIndex
 from avalanche_ext.training.loading.sources import DatasetSource, source_for
 from avalanche_ext.training.publishing import publish

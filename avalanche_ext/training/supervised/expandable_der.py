@@ -63,6 +63,9 @@ from avalanche_ext.training.storage_policy.herding import HerdingMemory
 __all__ = ["ClassifierStage", "ExpandableDER"]
 
 
+_STAGE_TWO = Schedule(0.1, 0, (15,))
+
+
 @dataclass(frozen=True)
 class ClassifierStage:
     """Stage 2.
@@ -74,7 +77,7 @@ class ClassifierStage:
     """
 
     epochs: int = 30
-    schedule: Schedule = Schedule(0.1, 0, (15,))
+    schedule: Schedule = _STAGE_TWO
     temperature: float = 5.0
 
 
