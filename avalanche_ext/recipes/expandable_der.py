@@ -123,9 +123,11 @@ def _cifar100() -> dict[str, Recipe]:
     return made
 
 
+# Weight and scale of the masks: examples/results/validation/expandable_der_*.json.
 _DIGITS = ExpandableRecipe(
     name="", method="", benchmark=SplitDigits(), hidden=(100,), batch_size=32, epochs=20, mem=50,
-    warmup_epochs=2, milestones=(14,), classifier_epochs=10, classifier_milestones=(5,),
+    warmup_epochs=2, milestones=(14,), classifier_epochs=10, classifier_milestones=(5,), lam=0.1,
+    s_max=30.0,
 )  # fmt: skip
 _MNIST = dataclasses.replace(
     _DIGITS, benchmark=SplitMNIST(), hidden=(100, 100), batch_size=64, epochs=4, mem=300,
@@ -154,6 +156,10 @@ def _small(recipe: ExpandableRecipe, stream: str) -> dict[str, Recipe]:
         recipe, name=plain, method="expandable_der", auxiliary=0.0,
         title="ExpandableDER, no auxiliary loss",
     )  # fmt: skip
+    pruned = f"expandable_der/{stream}_pruned"
+    rows[pruned] = dataclasses.replace(
+        recipe, name=pruned, method="expandable_der", prune=True, title="ExpandableDER, pruned"
+    )
     main = f"expandable_der/{stream}"
     rows[main] = dataclasses.replace(
         recipe, name=main, method="expandable_der", baselines=tuple(rows)
