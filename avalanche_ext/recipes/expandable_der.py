@@ -127,7 +127,6 @@ def _cifar100() -> dict[str, Recipe]:
 _DIGITS = ExpandableRecipe(
     name="", method="", benchmark=SplitDigits(), hidden=(100,), batch_size=32, epochs=20, mem=50,
     warmup_epochs=2, milestones=(14,), classifier_epochs=10, classifier_milestones=(5,), lam=0.1,
-    s_max=30.0,
 )  # fmt: skip
 _MNIST = dataclasses.replace(
     _DIGITS, benchmark=SplitMNIST(), hidden=(100, 100), batch_size=64, epochs=4, mem=300,
@@ -136,7 +135,7 @@ _MNIST = dataclasses.replace(
 _CIFAR20 = dataclasses.replace(
     _DIGITS, benchmark=SplitCIFAR100(n_experiences=5, class_order=_TWENTY),
     backbone="small_convnet", batch_size=64, epochs=12, mem=400, warmup_epochs=2, milestones=(7,),
-    classifier_epochs=8, classifier_milestones=(4,),
+    classifier_epochs=8, classifier_milestones=(4,), s_max=30.0,
 )  # fmt: skip
 
 
