@@ -55,6 +55,13 @@ _PUBLIC = {
     "LWTA": "models.competition",
     "CompetitiveMLP": "models.competition",
     "SparsityMetrics": "evaluation.metrics.sparsity",
+    "EWCPlugin": "training.plugins.parameter_anchor",
+    "OnlineEWCPlugin": "training.plugins.parameter_anchor",
+    "SynapticIntelligencePlugin": "training.plugins.parameter_anchor",
+    "MASPlugin": "training.plugins.parameter_anchor",
+    "RWalkPlugin": "training.plugins.parameter_anchor",
+    "L2TransferPlugin": "training.plugins.parameter_anchor",
+    "ParameterAnchorPlugin": "training.plugins.parameter_anchor",
     "drl_loss": "functional.drl",
 }
 
@@ -74,6 +81,7 @@ __all__ = [
     "DeCovPlugin",
     "DeviceDataPlugin",
     "ERPlugin",
+    "EWCPlugin",
     "ExemplarMemory",
     "ExpandableDER",
     "ExpandableNet",
@@ -87,10 +95,15 @@ __all__ = [
     "L1ParamPlugin",
     "L1RepPlugin",
     "L2DecayPlugin",
+    "L2TransferPlugin",
+    "MASPlugin",
     "Maxout",
     "NeuronImportance",
+    "OnlineEWCPlugin",
     "OrthRegPlugin",
+    "ParameterAnchorPlugin",
     "PrecisionPlugin",
+    "RWalkPlugin",
     "ReservoirMemory",
     "ResourceMetrics",
     "SLNIPlugin",
@@ -98,6 +111,7 @@ __all__ = [
     "SchedulePlugin",
     "ShuffleReplayPlugin",
     "SparsityMetrics",
+    "SynapticIntelligencePlugin",
     "__version__",
     "build_backbone",
     "drl_loss",
@@ -130,6 +144,15 @@ if TYPE_CHECKING:
     from avalanche_ext.training.plugins.drl import DRLPlugin
     from avalanche_ext.training.plugins.er import ERPlugin
     from avalanche_ext.training.plugins.hat import HATPlugin
+    from avalanche_ext.training.plugins.parameter_anchor import (
+        EWCPlugin,
+        L2TransferPlugin,
+        MASPlugin,
+        OnlineEWCPlugin,
+        ParameterAnchorPlugin,
+        RWalkPlugin,
+        SynapticIntelligencePlugin,
+    )
     from avalanche_ext.training.plugins.parameter_penalty import (
         L1ParamPlugin,
         L2DecayPlugin,

@@ -217,6 +217,50 @@ def _hat(recipe: Any, plugins: list[Any], **options: Any) -> Any:
     return Naive(model=model, optimizer=optimizer, plugins=plugins, **options)
 
 
+def _anchor(key: str, lam: float) -> list[Any]:
+    """The importance method of a recipe."""
+    import avalanche_ext
+
+    return [] if key == "none" else [getattr(avalanche_ext, _IMPORTANCES[key])(lam)]
+
+
+def _importance(key: str, title: str, summary: str) -> Card:
+    return Card(
+        key, title, summary, "importance", _ours(_IMPORTANCES[key]),
+        lambda recipe: _anchor(key, recipe.lam),
+    )  # fmt: skip
+
+
+def _regulariser(key: str, title: str, summary: str, name: str, *fields: str, **fixed: Any) -> Card:
+    """A penalty beside an importance method; ``fields`` are those of the recipe that it takes."""
+
+    def build(recipe: Any) -> list[Any]:
+        import avalanche_ext
+
+        options = {field: getattr(recipe, field) for field in fields}
+        penalty = getattr(avalanche_ext, name)(recipe.lam, **options, **fixed)
+        return [*_anchor(recipe.importance, recipe.anchor_lam), penalty]
+
+    return Card(key, title, summary, "sparsity", _ours(name), build)
+
+
+def _competition(key: str, title: str, summary: str, unit: str) -> Card:
+    """Units that compete come with the recipe's network."""
+    return Card(
+        key, title, summary, "sparsity", _ours(unit),
+        lambda recipe: _anchor(recipe.importance, recipe.anchor_lam),
+    )  # fmt: skip
+
+
+_IMPORTANCES = {
+    "ewc": "EWCPlugin",
+    "online_ewc": "OnlineEWCPlugin",
+    "si": "SynapticIntelligencePlugin",
+    "mas": "MASPlugin",
+    "rwalk": "RWalkPlugin",
+    "l2_transfer": "L2TransferPlugin",
+}
+
 CATALOG: dict[str, Card] = {
     card.key: card
     for card in (
@@ -246,6 +290,25 @@ CATALOG: dict[str, Card] = {
              make=_expandable_der),
         Card("hat", "HAT", "each task's own masks on the channels of one network, kept for it",
              "expansion", _ours("HATPlugin", "HATNet"), lambda recipe: [], make=_hat),
+        _importance("ewc", "EWC", "weights important to the Fisher information held"),
+        _importance("online_ewc", "Online EWC", "EWC with one decaying importance"),
+        _importance("si", "SI", "weights held by their part in the loss's descent"),
+        _importance("mas", "MAS", "weights held by the output's sensitivity to them"),
+        _importance("rwalk", "RWalk", "Fisher information and path score together"),
+        _importance("l2_transfer", "L2-transfer", "all weights held alike"),
+        _regulariser("slni", "SLNI", "units inhibit their neighbours", "SLNIPlugin", "sigma"),
+        _regulariser("slnid", "SLNID", "SLNI, less where a unit matters to earlier experiences",
+                     "SLNIPlugin", "sigma", form="slnid"),
+        _regulariser("sni", "SNI", "units inhibit all others", "SLNIPlugin", form="sni"),
+        _regulariser("snid", "SNID", "SNI, less where a unit matters to earlier experiences",
+                     "SLNIPlugin", form="snid"),
+        _regulariser("l1_rep", "L1-Rep", "L1 norm of the activations", "L1RepPlugin"),
+        _regulariser("decov", "DeCov", "covariances of the activations", "DeCovPlugin"),
+        _regulariser("orthreg", "OrthReg", "alikeness of a layer's weights", "OrthRegPlugin"),
+        _regulariser("l2_decay", "L2-WD", "weight decay", "L2DecayPlugin"),
+        _regulariser("l1_param", "L1-Param", "L1 norm of the parameters", "L1ParamPlugin"),
+        _competition("maxout", "Maxout", "pairs of units, the larger passed on", "Maxout"),
+        _competition("lwta", "LWTA", "pairs of units, the smaller silenced", "LWTA"),
         Card("gem", "GEM", "Avalanche's gradient episodic memory", "replay", _plugin("GEMPlugin"),
              lambda recipe: [_gem(recipe)], ours=False),
         Card("agem", "A-GEM", "Avalanche's averaged GEM", "replay", _plugin("AGEMPlugin"),

@@ -166,8 +166,9 @@ def neuron_sensitivity(
 
     Args:
         objective: :math:`\sum_m \mathcal{L}_m`, a sum over the batch, not a mean.
-        activations: Outputs of layers that the objective was computed from. Of a feature map the
-            gradients over its positions are added up: the unit is the channel.
+        activations: Outputs of layers that the objective was computed from; one through which no
+            gradient flows (a frozen extractor's) counts 0. Of a feature map the gradients over its
+            positions are added up: the unit is the channel.
         at: ``"pre"``: at the input of the ReLU, as the released code has it: an inactive unit
             counts 0. ``"post"``: at its output.
 
@@ -184,9 +185,13 @@ def neuron_sensitivity(
     for h in activations:
         if h.ndim not in (2, 4):
             raise ValueError(f"sensitivity expects (B, N) or (B, N, H, W); got {tuple(h.shape)}.")
-    gradients = torch.autograd.grad(objective, list(activations), allow_unused=True)
+    reached = [h for h in activations if h.requires_grad]
+    gradients = dict(
+        zip(reached, torch.autograd.grad(objective, reached, allow_unused=True), strict=True)
+    )
     sums = []
-    for h, gradient in zip(activations, gradients, strict=True):
+    for h in activations:
+        gradient = gradients.get(h)
         if gradient is None:
             sums.append(h.new_zeros(h.shape[1], dtype=torch.float64))
             continue

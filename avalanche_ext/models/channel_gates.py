@@ -143,7 +143,7 @@ class GatedNetwork(nn.Module):
         self.groups.check(masks)
         gated = dict(buffers or {})
         for name, group, pixels in self._carriers:
-            parameter, m = self.network.get_parameter(name), masks[group]
+            parameter, m = _held(self.network, name), masks[group]
             if pixels > 1:
                 m = m.repeat_interleave(pixels)
             m = m.view(-1, *[1] * (parameter.ndim - 1))
@@ -217,6 +217,12 @@ class GatedNetwork(nn.Module):
     def ambiguous_share(self, task: int = -1) -> float:
         """Share of gates that are neither open nor closed at the largest scale."""
         return float(ambiguous_share(self.embeddings[task], self.s_max))
+
+
+def _held(network: nn.Module, name: str) -> Tensor:
+    """A parameter by its name, or what stands in for it where a function is differentiated."""
+    path, _, leaf = name.rpartition(".")
+    return getattr(network.get_submodule(path), leaf)
 
 
 def _carriers(network: nn.Module, groups: ChannelGroups) -> tuple[_Carrier, ...]:

@@ -13,11 +13,12 @@ from avalanche_ext.recipes.drl_ber import RECIPES as _DRL_BER
 from avalanche_ext.recipes.expandable_der import RECIPES as _EXPANDABLE_DER
 from avalanche_ext.recipes.hat import RECIPES as _HAT
 from avalanche_ext.recipes.names import lookup
+from avalanche_ext.recipes.selfless import RECIPES as _SELFLESS
 from avalanche_ext.recipes.settings import from_settings, is_file, read_settings, with_settings
 
 __all__ = ["RECIPES", "Recipe", "find_recipe", "load_recipe", "with_settings"]
 
-RECIPES: dict[str, Recipe] = {**_DRL_BER, **_CORE50, **_EXPANDABLE_DER, **_HAT}
+RECIPES: dict[str, Recipe] = {**_DRL_BER, **_CORE50, **_EXPANDABLE_DER, **_HAT, **_SELFLESS}
 
 
 def find_recipe(name: str) -> Recipe:

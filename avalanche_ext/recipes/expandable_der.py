@@ -24,6 +24,7 @@ class ExpandableRecipe(Recipe):
     Args:
         mem: Exemplars in all.
         mem_per_class: Exemplars of each class, instead.
+        mem_scope: Follows from these two.
         auxiliary: Weight of the auxiliary loss.
         first_epochs: Passes over the first experience, where they are other than ``epochs``;
             these are without warm-up.
@@ -45,6 +46,7 @@ class ExpandableRecipe(Recipe):
     batch_size: int = 128
     mem: int = 2000
     mem_per_class: int | None = None
+    mem_scope: str = dataclasses.field(init=False, default="total")
     auxiliary: float = 1.0
     warmup_epochs: int = 10
     milestones: tuple[int, ...] = (100, 120)
@@ -61,6 +63,10 @@ class ExpandableRecipe(Recipe):
     gate_lr_factor: float | None = None
     lookahead: int = 1
     source: str = "Yan, Xie, He (2021), DER: Dynamically Expandable Representation"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "mem_scope", "class" if self.mem_per_class else "total")
 
     def smoke(self) -> ExpandableRecipe:
         """Few images, one epoch of each stage, one seed."""

@@ -135,10 +135,11 @@ def test_composes_with_avalanches_plugins_in_either_order(key, stock):
 
 @pytest.mark.parametrize(("one", "two"), itertools.combinations(PLUGINS, 2))
 def test_our_methods_compose_with_each_other_in_either_order(one, two):
-    first, second = smoke(one), smoke(two)
-    forward = train(first, CATALOG[two].build(second))
-    backward = train(second, CATALOG[one].build(first))
-    torch.testing.assert_close(weights(forward), weights(backward), rtol=0, atol=2e-5)
+    recipe, other = smoke(one), smoke(two, importance="none")
+    first_two = {"experiences": slice(0, 2)}
+    after = train(recipe, CATALOG[two].build(other), **first_two)
+    before = train(recipe, before=CATALOG[two].build(other), **first_two)
+    torch.testing.assert_close(weights(after), weights(before), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize(("key", "owner"), itertools.product(PLUGINS, OWNERS))
@@ -150,7 +151,9 @@ def test_our_plugins_compose_with_our_strategies_in_either_order(key, owner):
     after = train(recipe, CATALOG[key].build(smoke(key)))
     before = train(recipe, before=CATALOG[key].build(smoke(key)))
     torch.testing.assert_close(weights(after), weights(before), rtol=0, atol=2e-5)
-    assert not torch.equal(weights(after), weights(train(recipe)))
+    # Weights that earlier tasks need HAT holds itself; to the others no output is sensitive.
+    idle = owner == "hat" and key in ("ewc", "online_ewc", "mas")
+    assert torch.equal(weights(after), weights(train(recipe))) == idle
 
 
 @pytest.mark.parametrize("key", PLUGINS)
@@ -161,7 +164,9 @@ def test_nothing_of_the_callers_is_changed(key):
     samples = [experience.dataset[i] for i in range(5)]
     plugins = CATALOG[key].build(recipe)
     given, criterion = list(plugins), torch.nn.CrossEntropyLoss()
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10), torch.nn.ReLU())
+    model = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(64, 12), torch.nn.ReLU(), torch.nn.Linear(12, 10)
+    )
     names = list(model.state_dict())
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     strategy = CATALOG[key].strategy_class()(

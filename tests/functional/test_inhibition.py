@@ -447,3 +447,12 @@ def test_sensitivity_of_channels_and_of_layers_that_do_not_matter():
         neuron_sensitivity(objective, [maps], at="both")
     with pytest.raises(ValueError, match=r"\(B, N\) or \(B, N, H, W\); got \(3,\)"):
         neuron_sensitivity(objective, [weights])
+
+
+def test_a_layer_without_gradient_counts_nothing():
+    w = torch.tensor([[1.0, -2.0]], dtype=torch.float64, requires_grad=True)
+    frozen = torch.rand(3, 2, dtype=torch.float64)
+    h = frozen * w
+    found = neuron_sensitivity(h.sum(), [frozen, h], at="post")
+    assert found[0].tolist() == [0, 0]
+    assert found[1].tolist() == [3, 3]

@@ -1,0 +1,312 @@
+r"""How important parameters are to an experience that has been learnt: ``L2``, EWC's and MAS's.
+
+Those of SI and RWalk, measured while it is being learnt, are in ``path_importances``.
+
+``Fisher`` (EWC) and ``OutputNorm`` (MAS) look at every sample of the experience by itself, so that
+the size of batches does not matter. They run in evaluation mode with the evaluation transforms,
+leave batch statistics and random states alone, and put every module's mode back. Samples go through
+``torch.func.vmap``, as many at a time as fit in 256 MiB of gradients; a network that cannot be
+vectorised (recurrent layers, control flow that depends on values) is warned about and taken one
+sample at a time, with the same result.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from avalanche.models import IncrementalClassifier, MultiHeadClassifier
+from avalanche.models.utils import avalanche_forward, is_multi_task_module
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.data import DataLoader
+
+from avalanche_ext.functional.importance import (
+    negative_log_likelihood,
+    per_sample_sums,
+    sampled_labels,
+    squared_norm,
+)
+from avalanche_ext.models.heads import FixedSizeClassifier
+from avalanche_ext.training.checks import check_nonnegative, check_one_of
+from avalanche_ext.training.loading.sampling import seeded
+from avalanche_ext.training.representation_penalty import bare
+
+__all__ = ["L2", "Fisher", "Importance", "OutputNorm", "evaluating", "trainable"]
+
+_Output = Callable[[Any, Tensor], Tensor]
+_GRADIENT_BYTES = 256 << 20  # of the samples whose gradients are held at the same time
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training may move, by name."""
+    return {name: p for name, p in bare(model).named_parameters() if p.requires_grad}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; every module's own mode afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+class Importance:
+    r"""How important parameters are to one experience, and how experiences add up.
+
+    Args:
+        merge: ``"sum"`` over experiences, their ``"mean"``, or a number in [0, 1] by which what
+            earlier experiences found is multiplied before the new one is added.
+
+    Attributes:
+        kappa: Factor of the term: 1/2 for a negative log posterior, else 1.
+        label: The method's name in logs.
+    """
+
+    kappa = 1.0
+    label = "Anchor"
+
+    def __init__(self, merge: str | float = "sum") -> None:
+        if isinstance(merge, str):
+            check_one_of(type(self).__name__, "merge", merge, ("sum", "mean"))
+        else:
+            check_nonnegative(type(self).__name__, merge=merge)
+            if merge > 1:
+                raise ValueError(
+                    f"{type(self).__name__} expects merge 'sum', 'mean' or a factor from 0 to 1 "
+                    f"for what earlier experiences found; got {merge}."
+                )
+        self.merge = merge
+
+    def shares(self, n: int) -> tuple[float, float]:
+        """Factors of the importance before, and of the ``n``-th experience's (from 1)."""
+        if self.merge == "mean":
+            return (n - 1) / n, 1 / n
+        return (1.0 if self.merge == "sum" else float(self.merge)), 1.0
+
+    def start(self, parameters: dict[str, nn.Parameter]) -> None:
+        """An experience begins."""
+
+    def before_step(self, parameters: dict[str, nn.Parameter]) -> None:
+        """Gradients of the loss without the anchor are there; parameters have not moved yet."""
+
+    def after_step(self, parameters: dict[str, nn.Parameter]) -> None:
+        """Parameters have moved."""
+
+    def finish(self, strategy: Any) -> dict[str, Tensor]:
+        """The importance to the experience that has been learnt, by name, >= 0."""
+        raise NotImplementedError(f"{type(self).__name__} measures nothing.")
+
+
+class L2(Importance):
+    """1 for every parameter; 0 for classes of a growing head that have not been trained on."""
+
+    kappa = 0.5
+    label = "L2Transfer"
+
+    def __init__(self) -> None:
+        super().__init__(merge=0.0)
+
+    def finish(self, strategy: Any) -> dict[str, Tensor]:
+        """See ``Importance``."""
+        found = {name: torch.ones_like(p) for name, p in trainable(strategy.model).items()}
+        for layer, rows in _trained_rows(bare(strategy.model)):
+            for name in (f"{layer}.weight", f"{layer}.bias"):
+                if name in found:
+                    found[name][: len(rows)][~rows] = 0
+                    found[name][len(rows) :] = 0
+        return found
+
+
+class _PerSample(Importance):
+    """Measured by one pass over the experience, each sample's gradient by itself."""
+
+    def finish(self, strategy: Any) -> dict[str, Tensor]:
+        """See ``Importance``."""
+        model, dataset = bare(strategy.model), strategy.experience.dataset.eval()
+        parameters = trainable(model)
+        sums = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        loader = DataLoader(
+            dataset,
+            batch_size=strategy.train_mb_size,
+            collate_fn=getattr(dataset, "collate_fn", None),
+            generator=torch.Generator(),  # the global random state belongs to training
+        )
+        chunk = max(1, _GRADIENT_BYTES // (1 + sum(p.nbytes for p in parameters.values())))
+        # All numbers at once: the draw of a sample does not depend on the batch it stands in.
+        draws = seeded(torch.initial_seed(), strategy.clock.train_exp_counter)
+        uniform = torch.rand(len(dataset), generator=draws, dtype=torch.float64)
+        with evaluating(model), _uncompiled(model):
+            for x, y, *_, tasks in ((*batch, batch[-1]) for batch in loader):
+                own, uniform = uniform.tensor_split([len(x)])
+                x, y, tasks = (column.to(strategy.device) for column in (x, y, tasks))
+                for objective, samples in self._samples(model, x, y, tasks, own):
+                    found, chunk = self._sums(objective, parameters, samples, chunk)
+                    for name, value in found.items():
+                        sums[name].add_(value)
+        return {name: total / len(dataset) for name, total in sums.items()}
+
+    def _samples(
+        self, model: nn.Module, x: Tensor, y: Tensor, tasks: Tensor, uniform: Tensor
+    ) -> Iterator[tuple[Callable[..., Tensor], list[Tensor]]]:
+        """Objectives of one sample each, and the columns of samples they are taken of.
+
+        ``uniform`` holds a random number for each sample.
+        """
+        raise NotImplementedError
+
+    def _of(self, gradient: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _sums(
+        self,
+        objective: Callable[..., Tensor],
+        parameters: dict[str, nn.Parameter],
+        samples: list[Tensor],
+        chunk: int,
+    ) -> tuple[dict[str, Tensor], int]:
+        """Sums of one batch, and the chunk to go on with."""
+        given: dict[str, Tensor] = dict(parameters)
+        if chunk:
+            try:
+                found = per_sample_sums(objective, given, samples, of=self._of, chunk=chunk)
+                return found, chunk
+            except (RuntimeError, AttributeError) as error:
+                reason = str(error).strip().split("\n")[0]
+                warnings.warn(
+                    f"{type(self).__name__} goes through the experience one sample at a time, "
+                    f"which is slow: torch.func.vmap cannot vectorise this network ({reason}).",
+                    stacklevel=2,
+                )
+        return per_sample_sums(objective, given, samples, of=self._of), 0
+
+
+class Fisher(_PerSample):
+    r"""Diagonal of the Fisher information, per sample.
+
+    .. math:: F_k = \frac1n \sum_x \left(\frac{\partial \log p(y|x)}{\partial \theta_k}\right)^2
+
+    Args:
+        mode: Where ``y`` comes from: ``"sampled"``, from the model's own distribution, is the
+            Fisher information; ``"empirical"`` takes the true labels, ``"argmax"`` the most likely
+            ones. Where the model is certain, the last two are far smaller.
+        merge: See ``Importance``.
+    """
+
+    kappa = 0.5
+    label = "EWC"
+
+    def __init__(self, mode: str = "sampled", *, merge: str | float = "sum") -> None:
+        super().__init__(merge)
+        check_one_of("Fisher", "mode", mode, ("sampled", "empirical", "argmax"))
+        self.mode = mode
+
+    def _samples(
+        self, model: nn.Module, x: Tensor, y: Tensor, tasks: Tensor, uniform: Tensor
+    ) -> Iterator[tuple[Callable[..., Tensor], list[Tensor]]]:
+        with torch.no_grad():
+            logits = avalanche_forward(model, x, tasks)
+        if logits.ndim != 2:
+            raise ValueError(
+                f"Fisher expects logits (B, C); {type(model).__name__} gives shape "
+                f"{tuple(logits.shape)}. Use importance='mas' or 'si', which need no classes."
+            )
+        if self.mode == "sampled":
+            y = sampled_labels(logits.cpu(), uniform).to(y)
+        elif self.mode == "argmax":
+            y = logits.argmax(1)
+        for rows, output in _by_task(model, tasks):
+            yield functools.partial(_nll, output, logits.shape[1]), [x[rows], y[rows]]
+
+    def _of(self, gradient: Tensor) -> Tensor:
+        return gradient.square()
+
+
+class OutputNorm(_PerSample):
+    r"""Sensitivity of the output's squared length, per sample; labels are not needed.
+
+    .. math:: \Omega_k = \frac1n \sum_x \left|
+              \frac{\partial \lVert z(x) \rVert^2}{\partial \theta_k}\right|
+
+    Args:
+        merge: See ``Importance``.
+    """
+
+    label = "MAS"
+
+    def __init__(self, *, merge: str | float = "sum") -> None:
+        super().__init__(merge)
+
+    def _samples(
+        self, model: nn.Module, x: Tensor, y: Tensor, tasks: Tensor, uniform: Tensor
+    ) -> Iterator[tuple[Callable[..., Tensor], list[Tensor]]]:
+        for rows, output in _by_task(model, tasks):
+            yield functools.partial(_norm, output), [x[rows]]
+
+    def _of(self, gradient: Tensor) -> Tensor:
+        return gradient.abs()
+
+
+@contextmanager
+def _uncompiled(model: nn.Module) -> Iterator[None]:
+    """Modules that were compiled in place run as they are written: dynamo fails inside vmap."""
+    compiled = {m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl}
+    for module in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
+
+
+def _by_task(model: nn.Module, tasks: Tensor) -> Iterator[tuple[Any, _Output]]:
+    """Rows of a batch that share a head, and the network's output ``(C,)`` for one of them."""
+    if not is_multi_task_module(model):
+        yield slice(None), lambda p, x: functional_call(model, p, (x[None],))[0]
+        return
+    for task in tasks.unique():
+        # The label as a number: Avalanche's modules cannot split a vectorised batch by task.
+        output = functools.partial(_output_of_task, model, int(task))
+        yield tasks == task, output
+
+
+def _output_of_task(model: nn.Module, task: int, parameters: Any, x: Tensor) -> Tensor:
+    return functional_call(model, parameters, (x[None], task))[0]
+
+
+def _nll(output: _Output, width: int, parameters: Any, x: Tensor, label: Tensor) -> Tensor:
+    z = output(parameters, x)
+    # A head of one task may be narrower than the output of a batch, which Avalanche pads.
+    return negative_log_likelihood(nn.functional.pad(z, (0, width - len(z))), label)
+
+
+def _norm(output: _Output, parameters: Any, x: Tensor) -> Tensor:
+    return squared_norm(output(parameters, x))
+
+
+def _trained_rows(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Linear layers of growing heads, and which of their rows have been trained on."""
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        growing = isinstance(module, IncrementalClassifier) and module.masking
+        if growing or isinstance(module, FixedSizeClassifier):
+            assert isinstance(module.active_units, Tensor)
+            yield f"{prefix}classifier", module.active_units != 0
+        elif isinstance(module, MultiHeadClassifier):
+            for task, head in module.classifiers.items():
+                assert isinstance(head, IncrementalClassifier)
+                rows = torch.ones_like(head.classifier.bias, dtype=torch.bool)
+                if int(task) not in module.known_train_tasks_labels:
+                    rows = ~rows
+                elif module.masking:
+                    rows = module.task_masks[int(task)]
+                yield f"{prefix}classifiers.{task}.classifier", rows
