@@ -23,7 +23,10 @@ def filled(text: str) -> str:
 
     def block(match: re.Match[str]) -> str:
         kind, _, name = match["what"].partition(": ")
-        maker = {"table": table, "sign": sign, "similarity": similarity, "speed": speed}[kind]
+        maker = {
+            "table": table, "sign": sign, "similarity": similarity, "speed": speed,
+            "importance": importance,
+        }[kind]  # fmt: skip
         return f"<!-- {match['what']} -->\n{maker(name)}\n<!-- end -->"
 
     return re.sub(r"<!-- (?P<what>[^>]+?) -->\n(.*?)<!-- end -->", block, text, flags=re.DOTALL)
@@ -117,6 +120,30 @@ def sign(_: str) -> str:
     return f"{steps}\n\n{accuracy}"
 
 
+def importance(_: str) -> str:
+    """What differs from Avalanche's importance methods."""
+    record = json.loads(
+        (RESULTS / "importance_methods" / "importance_methods.json").read_text("utf-8")
+    )
+    lines = [
+        [
+            f"EWC: trace of the Fisher information, measured in batches of {batch}",
+            *(f"{record['fisher'][who][batch]:.4f}" for who in ("avalanche", "here")),
+        ]
+        for batch in record["fisher"]["here"]
+    ]
+    si, moved, modes = (record[k] for k in ("si", "batch_statistics", "train_mode"))
+    lines += [
+        ["SI on a CPU: largest distance of a weight from plain training (Avalanche's at lam 1e6)",
+         f"{si['avalanche']:.3f}", f"{si['here']:.3f}"],
+        ["MAS: largest move of a batch norm's running mean while it measures",
+         f"{moved['avalanche']:.3f}", f"{moved['here']:.3f}"],
+        ["RWalk: share of training's forward passes in train mode",
+         f"{100 * modes['avalanche']:.0f} %", f"{100 * modes['here']:.0f} %"],
+    ]  # fmt: skip
+    return _rows(["Split digits", "Avalanche 0.6.0", "here"], lines)
+
+
 def speed(_: str) -> str:
     """The ratios of the benchmarks of speed."""
     loss, loading, stream = (_perf(n) for n in ("drl_loss", "replay_loading", "long_stream"))
@@ -169,8 +196,9 @@ def speed(_: str) -> str:
             f"Milliseconds per step beyond a hand-written step on as many samples, along a stream "
             f"of {stream['experiences']} experiences:",
             _long_stream(stream["rows"]),
-            "Processor time of a whole experience on the 391 experiences of the rendered NIC track, "
-            "medians of 50 (BER: from where it has reached its bound of 32 past experiences on):",
+            "Processor time of a whole experience on the 391 experiences of the rendered NIC "
+            "track, medians of 50 (BER: from where it has reached its bound of 32 past "
+            "experiences on):",
             _rows(
                 ["method", "first 50, ms", "last 50, ms", "last / first"],
                 [
