@@ -137,6 +137,7 @@ _DIGITS = ExpandableRecipe(
 _MNIST = dataclasses.replace(
     _DIGITS, benchmark=SplitMNIST(), hidden=(100, 100), batch_size=64, epochs=4, mem=300,
     warmup_epochs=1, milestones=(2,), classifier_epochs=20, classifier_milestones=(10,),
+    s_max=30.0,
 )  # fmt: skip
 _CIFAR20 = dataclasses.replace(
     _DIGITS, benchmark=SplitCIFAR100(n_experiences=5, class_order=_TWENTY),
