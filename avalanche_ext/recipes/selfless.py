@@ -60,7 +60,7 @@ class SelflessRecipe(Recipe):
 
 # Weight of each regulariser; units that compete have none.
 _LAMS = {
-    "slni": 1e-3, "sni": 3e-4, "snid": 3e-4, "slnid": 1e-3, "l1_rep": 3e-3, "decov": 0.1,
+    "slni": 1e-3, "sni": 3e-4, "snid": 3e-4, "slnid": 1e-3, "l1_rep": 1e-2, "decov": 0.3,
     "orthreg": 0.1, "maxout": 0.0, "lwta": 0.0, "l2_decay": 5e-4, "l1_param": 1e-5,
 }  # fmt: skip
 # Weight of each importance method's penalty.
