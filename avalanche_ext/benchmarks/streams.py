@@ -9,9 +9,9 @@ import torch
 from avalanche.benchmarks import tensors_benchmark
 from torch import Tensor
 
-from avalanche_ext.training.checks import check_one_of
+from avalanche_ext.training.checks import check_count, check_one_of
 
-__all__ = ["SCENARIOS", "Images", "benchmark_of", "hold_out", "split_by_class"]
+__all__ = ["SCENARIOS", "Images", "benchmark_of", "cut_by_class", "hold_out", "split_by_class"]
 
 Images = tuple[Tensor, Tensor]
 SCENARIOS = ("class", "task", "domain")
@@ -49,7 +49,31 @@ def split_by_class(
     Raises:
         ValueError: If the classes cannot be divided, or the order is not a permutation of them.
     """
+    streams = cut_by_class(
+        train, test, n_experiences, scenario=scenario, class_order=class_order,
+        first_classes=first_classes, train_per_experience=train_per_experience, seed=seed,
+    )  # fmt: skip
+    return benchmark_of(*streams, task_labels=scenario == "task", **transforms)
+
+
+def cut_by_class(
+    train: Images,
+    test: Images,
+    n_experiences: int,
+    *,
+    scenario: str = "class",
+    class_order: Sequence[int] | None = None,
+    first_classes: int | None = None,
+    train_per_experience: int | None = None,
+    seed: int = 0,
+) -> tuple[list[Images], list[Images]]:
+    """The training and the test images of every experience, with the labels they get there.
+
+    Arguments and errors are those of ``split_by_class``. What stands for an image may be anything
+    that has a row for each label: numbers of files, where the images stay on disk.
+    """
     check_one_of("split_by_class", "scenario", scenario, SCENARIOS)
+    check_count("split_by_class", train_per_experience=train_per_experience)
     classes = sorted(train[1].unique().tolist())
     order = classes if class_order is None else [int(c) for c in class_order]
     if sorted(order) != classes:
@@ -61,16 +85,15 @@ def split_by_class(
 
     def cut(images: Images, k: int) -> Images:
         x, y = images
-        own = torch.tensor(chosen[k])
+        own, place = torch.tensor(chosen[k]).sort()
         mine = torch.isin(y, own)
-        position = (y[mine][:, None] == own).int().argmax(1)
+        position = place[torch.searchsorted(own, y[mine].long())]
         return x[mine], position + (starts[k] if scenario == "class" else 0)
 
-    streams = [
+    train_parts, test_parts = (
         [cut(images, k) for k in range(n_experiences)] for images in (train, test)
-    ]  # fmt: skip
-    streams[0] = [_thin(images, train_per_experience, generator) for images in streams[0]]
-    return benchmark_of(*streams, task_labels=scenario == "task", **transforms)
+    )
+    return [_thin(images, train_per_experience, generator) for images in train_parts], test_parts
 
 
 def _sizes(n_classes: int, n: int, first: int | None, scenario: str) -> list[int]:

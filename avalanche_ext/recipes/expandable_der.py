@@ -2,7 +2,9 @@
 
 Schedules are those of the authors' released code. Class orders come from ``order_seeds``; 1993 is
 the order for which results of that code are on record (the paper's own three orders are PODNet's).
-In the protocols B50 the code trains the first half of the classes on a schedule of its own.
+In CIFAR-100's B50 the code trains the first half of the classes on a schedule of its own. For
+ImageNet-100 from scratch the authors take a pre-activation ResNet-18; here it is timm's
+``resnet18``.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from dataclasses import dataclass
 
 from avalanche_ext.recipes.base import Published, Recipe
 from avalanche_ext.recipes.drl_ber import ReplayRecipe
-from avalanche_ext.recipes.streams import SplitCIFAR100, SplitDigits, SplitMNIST
+from avalanche_ext.recipes.streams import ImageFolder, SplitCIFAR100, SplitDigits, SplitMNIST
 
 __all__ = ["RECIPES", "ExpandableRecipe"]
 
@@ -81,6 +83,7 @@ class ExpandableRecipe(Recipe):
 
 
 _PAPER = "Yan, Xie, He (2021), tables of CIFAR-100"
+_IMAGENET = "Yan, Xie, He (2021), tables of ImageNet-100, top-1"
 # Steps -> average incremental accuracy, its deviation over three class orders, and millions of
 # parameters, the mean over steps; without pruning, and with it.
 _CIFAR100_B0 = {
@@ -100,11 +103,11 @@ _TWENTY = (68, 56, 78, 8, 23, 84, 90, 65, 74, 76, 40, 89, 3, 92, 55, 9, 26, 80, 
 
 
 def _held_to(
-    value: float, deviation: float | None, millions: float | None
+    value: float, deviation: float | None, millions: float | None, source: str = _PAPER
 ) -> tuple[Published, ...]:
-    figures = [Published("average_incremental_accuracy_samples", value, deviation, _PAPER)]
+    figures = [Published("average_incremental_accuracy_samples", value, deviation, source)]
     if millions is not None:
-        figures.append(Published("parameters_mean", 1e6 * millions, None, _PAPER))
+        figures.append(Published("parameters_mean", 1e6 * millions, None, source))
     return tuple(figures)
 
 
@@ -125,6 +128,34 @@ def _cifar100() -> dict[str, Recipe]:
                 backbone="cifar_resnet18", epochs=170, seeds=(0, 1, 2), order_seeds=(1993,),
                 prune=prune, title="ExpandableDER, pruned" if prune else "", lookahead=16,
                 published=_held_to(*figures), **(half_first if per_class else {}),
+            )  # fmt: skip
+    return made
+
+
+# ImageNet-100, ten classes at a time, without pruning and with it: top-1.
+_IMAGENET100 = {
+    "b0_10": ((0.7718, None, None), (0.7612, None, 7.67)),
+    "b50_10": ((0.7820, None, 67.20), (0.7773, None, 8.87)),
+}
+
+
+def _imagenet100() -> dict[str, Recipe]:
+    made: dict[str, Recipe] = {}
+    for stream, rows in _IMAGENET100.items():
+        half = stream.startswith("b50")
+        benchmark = ImageFolder(
+            dataset="imagenet100", n_experiences=11 if half else 10,
+            first_classes=50 if half else None,
+        )  # fmt: skip
+        for prune, figures in zip((False, True), rows, strict=True):
+            name = f"expandable_der/imagenet100_{stream}" + ("_pruned" if prune else "")
+            made[name] = ExpandableRecipe(
+                name=name, method="expandable_der", benchmark=benchmark,
+                mem_per_class=20 if half else None, backbone="resnet18", batch_size=256,
+                epochs=220, warmup_epochs=20, milestones=(60, 120, 160, 180), temperature=1.0,
+                seeds=(0, 1, 2), order_seeds=(1993,), prune=prune, lookahead=4,
+                title="ExpandableDER, pruned" if prune else "",
+                published=_held_to(*figures, source=_IMAGENET),
             )  # fmt: skip
     return made
 
@@ -178,4 +209,5 @@ RECIPES: dict[str, Recipe] = {
     **_small(_MNIST, "split_mnist"),
     **_small(_CIFAR20, "cifar20"),
     **_cifar100(),
+    **_imagenet100(),
 }

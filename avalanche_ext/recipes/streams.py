@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from avalanche_ext.recipes.names import lookup
 
@@ -12,6 +12,7 @@ __all__ = [
     "BENCHMARKS",
     "BenchmarkSettings",
     "CORe50Track",
+    "ImageFolder",
     "PermutedMNIST",
     "SplitCIFAR100",
     "SplitDigits",
@@ -171,6 +172,90 @@ class SplitCIFAR100(SplitDigits):
         )  # fmt: skip
 
 
+class _Folder(NamedTuple):
+    """What a data set of images in folders has where nothing else is said."""
+
+    folder: str
+    classes: int
+    size: int
+
+
+_FOLDERS = {
+    "imagenet100": _Folder("imagenet100", 100, 224),
+    # Where Avalanche's own TinyImagenet unpacks it.
+    "tinyimagenet": _Folder("tinyimagenet/tiny-imagenet-200", 200, 56),
+    "imagenet": _Folder("imagenet", 1000, 224),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFolder(SplitDigits):
+    """``benchmarks.split_image_folder``: ImageNet, parts of it, Tiny ImageNet; never downloaded.
+
+    Args:
+        n_experiences: Length of the stream.
+        train_per_experience: Random training images to keep of each experience.
+        validation: Test on held-out training images.
+        scenario: ``"class"``-, ``"task"``- or ``"domain"``-incremental.
+        class_order: The classes in the order of arrival; ascending by default.
+        dataset: ``"imagenet100"``, ``"tinyimagenet"`` or ``"imagenet"``: number of classes, size,
+            and folder below Avalanche's data folder where nothing else is said.
+        root: Folder that holds ``train`` and ``val``.
+        classes: Text file with the names of the classes to use; all of the folder by default.
+        total_classes: Number of classes, where ``classes`` or ``root`` make it another.
+        size: Height and width of the images, where it is another.
+        first_classes: Size of the first experience, where it is larger than the others.
+        augment: Whether training images are cropped and mirrored at random.
+    """
+
+    n_experiences: int = 10
+    dataset: str = "imagenet100"
+    root: str | None = None
+    classes: str | None = None
+    total_classes: int | None = None
+    size: int | None = None
+    first_classes: int | None = None
+    augment: bool = True
+
+    def __post_init__(self) -> None:
+        lookup("dataset", self.dataset, _FOLDERS)
+
+    @property
+    def n_classes(self) -> int:
+        """Classes of the data set that the stream brings."""
+        return self.total_classes or _FOLDERS[self.dataset].classes
+
+    @property
+    def in_shape(self) -> tuple[int, ...]:
+        """Shape of one image."""
+        size = self.size or _FOLDERS[self.dataset].size
+        return (3, size, size)
+
+    def build(self, seed: int, order_seed: int | None = None) -> Any:
+        """See ``BenchmarkSettings``."""
+        from avalanche.benchmarks.datasets import default_dataset_location
+
+        from avalanche_ext.benchmarks import split_image_folder
+
+        folder = _FOLDERS[self.dataset].folder
+        benchmark = split_image_folder(
+            self.root or default_dataset_location(folder), self.n_experiences,
+            classes=self.classes, first_classes=self.first_classes, size=self.in_shape[-1],
+            augment=self.augment, **self.options(seed, order_seed),
+        )  # fmt: skip
+        if benchmark.n_classes != self.n_classes:
+            raise ValueError(
+                f"ImageFolder expects {self.n_classes} classes of {self.dataset!r}; the folder "
+                f"brings {benchmark.n_classes}. Set total_classes={benchmark.n_classes}, or name "
+                f"{self.n_classes} of its classes in a file with classes=."
+            )
+        return benchmark
+
+    def smoke(self) -> BenchmarkSettings:
+        """A few training images of each experience, all images small."""
+        return dataclasses.replace(self, train_per_experience=40, size=32)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PermutedMNIST(BenchmarkSettings):
     """``benchmarks.permuted_mnist``; other permutations for every seed, or ``order_seed``."""
@@ -294,5 +379,7 @@ class ToyCORe50(BenchmarkSettings):
 
 BENCHMARKS: dict[str, type[BenchmarkSettings]] = {
     kind.__name__: kind
-    for kind in (SplitDigits, SplitMNIST, SplitCIFAR100, PermutedMNIST, CORe50Track, ToyCORe50)
-}
+    for kind in (
+        SplitDigits, SplitMNIST, SplitCIFAR100, ImageFolder, PermutedMNIST, CORe50Track, ToyCORe50,
+    )
+}  # fmt: skip

@@ -5,9 +5,10 @@ Those of SI and RWalk, measured while it is being learnt, are in ``path_importan
 ``Fisher`` (EWC) and ``OutputNorm`` (MAS) look at every sample of the experience by itself, so that
 the size of batches does not matter. They run in evaluation mode with the evaluation transforms,
 leave batch statistics and random states alone, and put every module's mode back. Samples go through
-``torch.func.vmap``, as many at a time as fit in 256 MiB of gradients; a network that cannot be
-vectorised (recurrent layers, control flow that depends on values) is warned about and taken one
-sample at a time, with the same result.
+``torch.func.vmap``, as many at a time as have room for their gradients (16 MiB on a CPU, 256 MiB
+elsewhere). Where that is only a few they take one backward pass each. So do those of a network that
+cannot be vectorised (recurrent layers, control flow that depends on values), with a warning. The
+result is the same.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ from avalanche_ext.training.representation_penalty import bare
 __all__ = ["L2", "Fisher", "Importance", "OutputNorm", "evaluating", "trainable"]
 
 _Output = Callable[[Any, Tensor], Tensor]
-_GRADIENT_BYTES = 256 << 20  # of the samples whose gradients are held at the same time
+# Memory for the gradients of samples that are taken together: on a CPU, what caches hold.
+_GRADIENT_BYTES = {"cpu": 16 << 20, "accelerator": 256 << 20}
+_WORTH_VECTORISING = 4  # samples; for fewer one backward pass each is faster
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -140,7 +143,7 @@ class _PerSample(Importance):
             collate_fn=getattr(dataset, "collate_fn", None),
             generator=torch.Generator(),  # the global random state belongs to training
         )
-        chunk = max(1, _GRADIENT_BYTES // (1 + sum(p.nbytes for p in parameters.values())))
+        chunk = _chunk(parameters, torch.device(strategy.device).type)
         # All numbers at once: the draw of a sample does not depend on the batch it stands in.
         draws = seeded(torch.initial_seed(), strategy.clock.train_exp_counter)
         uniform = torch.rand(len(dataset), generator=draws, dtype=torch.float64)
@@ -266,6 +269,13 @@ def _uncompiled(model: nn.Module) -> Iterator[None]:
     finally:
         for module, call in compiled.items():
             module._compiled_call_impl = call
+
+
+def _chunk(parameters: dict[str, nn.Parameter], device: str) -> int:
+    """How many samples to take together; 0 for one at a time."""
+    room = _GRADIENT_BYTES["cpu" if device == "cpu" else "accelerator"]
+    chunk = room // (1 + sum(p.nbytes for p in parameters.values()))
+    return chunk if chunk >= _WORTH_VECTORISING else 0
 
 
 def _by_task(model: nn.Module, tasks: Tensor) -> Iterator[tuple[Any, _Output]]:

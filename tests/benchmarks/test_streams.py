@@ -7,7 +7,7 @@ import torch
 
 from avalanche_ext.benchmarks import permuted_mnist, split_digits, split_mnist
 from avalanche_ext.benchmarks.mnist import load_mnist
-from avalanche_ext.benchmarks.streams import hold_out, split_by_class
+from avalanche_ext.benchmarks.streams import cut_by_class, hold_out, split_by_class
 
 
 def tensors(experience):
@@ -141,6 +141,24 @@ def test_a_larger_first_experience():
     assert {(int(a) % 10, int(b)) for a, b in zip(x[:, 0], y, strict=True)} == {
         (5, 4), (4, 5), (3, 6),
     }  # fmt: skip
+
+
+def test_what_is_cut_may_stay_elsewhere():
+    """Numbers stand for images; labels may be of any integer type and have gaps."""
+    y = torch.tensor([30, 7, 7, 19, 30, 4], dtype=torch.int32)
+    numbers = torch.arange(6)
+    train, test = cut_by_class((numbers, y), (numbers[:4], y[:4]), 2, class_order=[19, 7, 30, 4])
+    assert [(x.tolist(), y.tolist()) for x, y in train] == [
+        ([1, 2, 3], [1, 1, 0]), ([0, 4, 5], [2, 2, 3]),
+    ]  # fmt: skip
+    assert [(x.tolist(), y.tolist()) for x, y in test] == [([1, 2, 3], [1, 1, 0]), ([0], [2])]
+
+
+@pytest.mark.parametrize("n", [0, -3])
+def test_no_images_to_keep(n):
+    images = (torch.zeros(10, 1), torch.arange(10))
+    with pytest.raises(ValueError, match=f"train_per_experience >= 1 or None; got .*={n}"):
+        split_by_class(images, images, 2, train_per_experience=n)
 
 
 @pytest.mark.parametrize(

@@ -151,10 +151,18 @@ def test_the_size_of_batches_and_of_chunks_does_not_matter(measure, monkeypatch)
     assert all((omega > 0).any() for omega in reference.values())
     for batch in (1, 4):
         close(finish(measure, model, dataset, batch=batch), reference)
-    for samples_at_once in (0, 1, 5):  # fewer than one: still one
-        size = sum(4 * p.numel() for p in model.parameters()) + 1
-        monkeypatch.setattr(importances, "_GRADIENT_BYTES", samples_at_once * size)
+    seen = []
+    whole = importances.per_sample_sums
+    monkeypatch.setattr(
+        importances, "per_sample_sums",
+        lambda *args, chunk=0, **kwargs: seen.append(chunk) or whole(*args, chunk=chunk, **kwargs),
+    )  # fmt: skip
+    size = sum(4 * p.numel() for p in model.parameters()) + 1
+    for fit, chunk in ((3, 0), (4, 4), (7, 7)):
+        seen.clear()
+        monkeypatch.setitem(importances._GRADIENT_BYTES, "cpu", fit * size)
         close(finish(measure, model, dataset), reference)
+        assert set(seen) == {chunk}
 
 
 @pytest.mark.parametrize("measure", MEASURES, ids=IDS)
@@ -365,6 +373,7 @@ def test_each_experience_begins_anew():
     path = Path(PathIntegral(), [1.0], lr=0.1)
     path.step(parabola(1.0))
     first = path.finish()
+    assert path.measure._origin == path.measure._drop == {}  # no copies between experiences
     path.measure.start(trainable(path.model))
     assert path.finish().tolist() == [0.0]
     path.measure.start(trainable(path.model))
@@ -372,6 +381,24 @@ def test_each_experience_begins_anew():
     theta, step = 0.9, 0.09
     assert float(path.finish()) == pytest.approx(theta * step / (step**2 + 0.1), rel=1e-5)
     assert float(first) == pytest.approx(0.1 / (0.1**2 + 0.1), rel=1e-5)
+
+
+@pytest.mark.parametrize("measure", [PathIntegral(), FisherPath(delta_t=2)])
+def test_an_experience_that_was_broken_off_leaves_nothing(measure):
+    found = []
+    for broken_off in (False, True):
+        path = Path(copy.deepcopy(measure), [1.0, 2.0], lr=0.1)
+        if broken_off:
+            for _ in range(3):
+                path.measure.before_step({})  # steps without a gradient, and then some with
+                path.measure.after_step(trainable(path.model))
+            path.measure._drop = {"theta": torch.tensor([9.0, 0.0])}
+            path.measure._scores = {"theta": torch.tensor([0.0, 9.0])}
+            path.measure.start(trainable(path.model))
+        for _ in range(3):
+            path.step(parabola(1.0))
+        found.append(path.finish())
+    assert torch.equal(*found)
 
 
 def slow_rwalk(steps, alpha, delta_t, eps):
