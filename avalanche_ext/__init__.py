@@ -26,6 +26,7 @@ _PUBLIC = {
     "ReservoirMemory": "training.storage_policy.exemplar_memory",
     "AccuracyMatrixMetrics": "evaluation.metrics.matrix",
     "ChallengeMetrics": "evaluation.metrics.challenge",
+    "RepresentationTransfer": "evaluation.metrics.representation",
     "ResourceMetrics": "evaluation.metrics.resources",
     "HerdingMemory": "training.storage_policy.herding",
     "ClassifierStage": "training.supervised.expandable_der",
@@ -105,6 +106,7 @@ __all__ = [
     "PrecisionPlugin",
     "RWalkPlugin",
     "ReservoirMemory",
+    "RepresentationTransfer",
     "ResourceMetrics",
     "SLNIPlugin",
     "Schedule",
@@ -124,6 +126,7 @@ if TYPE_CHECKING:
     from avalanche_ext.evaluation.metrics.challenge import ChallengeMetrics
     from avalanche_ext.evaluation.metrics.gradient_diversity import GradientDiversity
     from avalanche_ext.evaluation.metrics.matrix import AccuracyMatrixMetrics
+    from avalanche_ext.evaluation.metrics.representation import RepresentationTransfer
     from avalanche_ext.evaluation.metrics.resources import ResourceMetrics
     from avalanche_ext.evaluation.metrics.sparsity import SparsityMetrics
     from avalanche_ext.functional.drl import drl_loss
