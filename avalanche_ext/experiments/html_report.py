@@ -291,7 +291,7 @@ def _costs(run: Run) -> str:
 
 _COSTS = (
     ("seconds", "Training time", "s", "of the whole stream"),
-    ("bytes_remembered", "Memory", "B", "exemplars and what else is kept from the past, at the end"),
+    ("bytes_remembered", "Memory", "B", "exemplars and what else is kept from the past"),
     ("parameters", "Parameters", "", "of the network, after the last experience"),
     ("parameters_mean", "Parameters, mean", "", "over the experiences, each after its training"),
     ("samples_trained", "Samples trained on", "", "in all steps, replayed ones included"),
