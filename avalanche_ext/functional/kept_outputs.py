@@ -1,4 +1,4 @@
-r"""How far a network's outputs have moved, and the direction that makes the next step move them less.
+r"""How far a network's outputs have moved, and how to make the next step move them less.
 
 Reference:
     Skorokhodov (2019), Generative Memory for Continual Learning, "Online Generative Memory", first

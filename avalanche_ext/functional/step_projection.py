@@ -5,9 +5,9 @@ Reference:
     idea; the ridge form is that of Zeng et al. (2019), Continual Learning of Context-Dependent
     Processing in Neural Networks.
 
-Notation: ``A`` holds a layer's ``N`` inputs of ``D`` numbers as rows, a constant 1 among them where
-the layer has a bias; ``G`` ``(D, O)`` is the step that was planned for its weights, and ``A G`` what
-that step does to the outputs. Leading axes are independent blocks (the groups of a convolution).
+Notation: ``A`` holds a layer's ``N`` inputs of ``D`` numbers as rows, with a constant 1 at the end
+where the layer has a bias; ``G`` ``(D, O)`` is the step that was planned for its weights, ``A G``
+what that step does to its outputs. Leading axes are independent blocks (a convolution's groups).
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def conv_rows(
     return _with_ones(blocks.flatten(1, 2), weight, bias)
 
 
-def row_space(rows: Tensor, cutoff: float = 1e-5) -> RowSpace:
+def row_space(rows: Tensor, cutoff: float = 1e-6) -> RowSpace:
     """The directions that the rows span.
 
     Args:

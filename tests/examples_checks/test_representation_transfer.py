@@ -82,6 +82,28 @@ def test_the_network_that_comes_first_is_trained_on_all_parts(script):
     assert not torch.equal(first, third)
 
 
+def test_each_experience_is_met_first_with_the_memory_of_its_time(script, monkeypatch):
+    met = []
+
+    def train_alone(recipe, parts, seed):
+        met.append([len(x) for x, _ in parts])
+
+    def accuracies(model, train, test):
+        assert len(train) == len(test)
+        return [10 * len(train) + j for j in range(len(train))]
+
+    monkeypatch.setattr(script, "train_alone", train_alone)
+    monkeypatch.setattr(script, "representation_accuracies", accuracies)
+    recipe = find_recipe(script.METHODS["Shuffle replay"]).smoke()
+    sizes = [len(e.dataset) for e in recipe.benchmark.build(3, None).train_stream]
+    run = script.run(recipe, 3)
+    assert run["alone"] == [10, 21, 32, 43, 54]
+    assert met[0] == sizes[:1]
+    memories = [part for _, part in met[1:]]
+    assert [own for own, _ in met[1:]] == sizes[1:]
+    assert memories == [min(recipe.mem, sum(sizes[:k])) for k in range(1, 5)]
+
+
 def test_the_memory_that_the_next_experience_is_trained_with(script):
     recipe = find_recipe("expandable_der/split_digits").smoke()
     strategy = script.build_strategy(recipe)

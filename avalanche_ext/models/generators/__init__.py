@@ -1,0 +1,1 @@
+"""Networks that learn to make samples: one protocol, variational autoencoders, adversarial ones."""

@@ -1,0 +1,130 @@
+"""Time of a step with generated replay, over the same step without, and Avalanche's replay.
+
+Split MNIST, second experience, after a first one; MLP 784-400-400-10 and the VAE of 784-400-400-100
+(or h 256, z 32 with ``--quick``), batch 128 and as many replays.
+
+``replay`` draws, labels and learns from the replay, and does not train the generator;
+``interleaved`` trains it as well; ``in turn`` trains solver and then generator, an epoch each, on
+new samples and as many replays: so does ``avalanche``, its ``GenerativeReplayPlugin`` with the same
+networks, loss and optimizers.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import statistics
+import time
+import warnings
+
+import torch
+from avalanche.training.plugins import GenerativeReplayPlugin
+from avalanche.training.plugins.generative_replay import TrainGeneratorAfterExpPlugin
+from avalanche.training.supervised import Naive, VAETraining
+from torch import nn
+
+from avalanche_ext.benchmarks.mnist import split_mnist
+from avalanche_ext.models.generators.build import build_generator
+from avalanche_ext.models.mlp import MLP
+from avalanche_ext.training.plugins.dgr import DGRPlugin
+from avalanche_ext.training.supervised.generator_training import GeneratorTraining
+from tests.perf.timing import arguments, interleaved_samples, record
+
+BATCH = 128
+
+
+class TheirInterface(nn.Module):
+    """Our VAE as Avalanche's generator: ``forward`` for its criterion, and ``generate``."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model.data_loss(x, x)
+
+    def generate(self, n):
+        return self.model.decode(self.model.noise(n))
+
+
+def mean_loss(x, losses):
+    return losses.mean()
+
+
+class Idle(GeneratorTraining):
+    """Only made use of."""
+
+    def step(self, x, y, replay):
+        if self.experiences == 1:
+            super().step(x, y, replay)
+
+
+def solver(plugins, device):
+    torch.manual_seed(0)
+    model = MLP(784, (400, 400), 10)
+    return Naive(
+        model=model, optimizer=torch.optim.Adam(model.parameters(), 1e-3),
+        criterion=nn.CrossEntropyLoss(), train_mb_size=BATCH, plugins=plugins, evaluator=None,
+        device=device,
+    )  # fmt: skip
+
+
+def ours(name, device, cls=GeneratorTraining, **options):
+    model = build_generator(name, (1, 28, 28), 10)
+    source = cls(model=model, train_mb_size=BATCH, device=device)
+    return solver([DGRPlugin(source, **options)], device)
+
+
+def theirs(name, device):
+    model = TheirInterface(build_generator(name, (1, 28, 28), 10))
+    training = VAETraining(
+        model=model, optimizer=torch.optim.Adam(model.parameters(), 1e-3), criterion=mean_loss,
+        train_mb_size=BATCH, plugins=[GenerativeReplayPlugin()], evaluator=None, device=device,
+    )  # fmt: skip
+    plugins = [GenerativeReplayPlugin(generator_strategy=training), TrainGeneratorAfterExpPlugin()]
+    return solver(plugins, device)
+
+
+def seconds(prepared, experience):
+    strategy = copy.deepcopy(prepared)
+    start = time.perf_counter()
+    strategy.train(experience, eval_streams=[])
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    options = arguments(__doc__.splitlines()[0])
+    warnings.simplefilter("ignore")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    images, name = (1024, "small_vae") if options.quick else (4096, "vae")
+    stream = split_mnist(train_per_experience=images).train_stream
+    prepared = {
+        "naive": solver([], device),
+        "replay": ours(name, device, Idle),
+        "replay, 8 steps at once": ours(name, device, Idle, prefetch=8),
+        "interleaved": ours(name, device),
+        "in turn": ours(name, device, schedule="after"),
+        "avalanche": theirs(name, device),
+    }
+    for strategy in prepared.values():
+        strategy.train(stream[0], eval_streams=[])
+    runs = {k: functools.partial(seconds, s, stream[1]) for k, s in prepared.items()}
+    samples = interleaved_samples(runs, options.repeats)
+    steps = images // BATCH
+    medians = {k: statistics.median(v) / steps for k, v in samples.items()}
+    row = {
+        "generator": name,
+        "device": device,
+        "seconds_per_step": medians,
+        "over_naive": {k: s / medians["naive"] for k, s in medians.items()},
+        "avalanche_over_in_turn": medians["avalanche"] / medians["in turn"],
+    }
+    for k, s in medians.items():
+        print(f"{k:24s} {1e3 * s:8.2f} ms per step, {s / medians['naive']:5.2f} x naive")
+    record(options, "generative_replay", [row], steps=steps, batch=BATCH)
+
+
+if __name__ == "__main__":
+    main()
