@@ -255,7 +255,7 @@ class GeneratorTraining(SupervisedTemplate):
         """Step on the data; after every ``critic_steps`` batches, on the generator's own loss."""
         super().optimizer_step()
         self.steps += 1
-        if self.sample_optimizer is not None and self.steps % (self.critic_steps + 1) == 0:
+        if self.sample_optimizer is not None and self.steps % self.critic_steps == 0:
             self.sample_optimizer.zero_grad()
             self.sample_criterion().backward()
             self.sample_optimizer.step()
