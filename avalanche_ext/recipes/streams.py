@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from avalanche_ext.recipes.class_orders import CLASS_ORDERS
 from avalanche_ext.recipes.names import lookup
 
 __all__ = [
@@ -144,12 +145,21 @@ class SplitCIFAR100(SplitDigits):
     """``benchmarks.split_cifar100``; a ``class_order`` of some classes is a smaller benchmark.
 
     ``first_classes`` is the size of the first experience, where it is larger than the others.
+    ``orders`` names a list of ``class_orders``: order seed 1 is its first, and so on.
     """
 
     n_experiences: int = 10
     first_classes: int | None = None
     augment: bool = True
+    orders: str | None = None
     download: bool = False
+
+    def ordered(self, order_seed: int | None) -> tuple[int, ...] | None:
+        """See ``SplitDigits``; the first seeds stand for the published orders."""
+        known = lookup("orders", self.orders, CLASS_ORDERS) if self.orders else ()
+        if order_seed is not None and 1 <= order_seed <= len(known):
+            return known[order_seed - 1]
+        return super().ordered(order_seed)
 
     @property
     def n_classes(self) -> int:

@@ -151,6 +151,30 @@ def test_seed_1993_is_the_order_of_the_literature():
     assert sorted(order) == list(range(100))
 
 
+def test_published_orders_are_the_first_order_seeds():
+    settings = SplitCIFAR100(orders="podnet_cifar100")
+    starts = [settings.ordered(seed)[:6] for seed in (1, 2, 3)]  # type: ignore[index]
+    assert starts == [(87, 0, 52, 58, 44, 91), (58, 30, 93, 69, 21, 77), (71, 54, 45, 32, 4, 8)]
+    assert all(sorted(settings.ordered(seed) or ()) == list(range(100)) for seed in (1, 2, 3))
+    assert settings.ordered(4) == SplitCIFAR100().ordered(4)
+    assert SplitCIFAR100().ordered(1) != settings.ordered(1)
+    with pytest.raises(ValueError, match=r"no orders 'podnet'.*podnet_cifar100"):
+        SplitCIFAR100(orders="podnet").ordered(1)
+
+
+def test_the_recipes_of_expandable_der_on_cifar100_take_the_papers_orders():
+    recipe = find_recipe("expandable_der/cifar100_b0_10")
+    assert recipe.runs == ((0, 1), (1, 2), (2, 3))
+    table = [recipe, *(find_recipe(name) for name in recipe.baselines)]
+    last = {r.name.split("_b0_10")[1]: {p.quantity: p.value for p in r.published} for r in table}
+    assert last[""]["average_accuracy"] == 0.6534
+    assert last["_expandable"]["average_accuracy"] == 0.4081
+    assert last["_no_auxiliary"]["average_incremental_accuracy_samples"] == 0.7326
+    assert last["_pruned"]["parameters_mean"] == 4_960_000
+    assert {r.epochs for r in table} == {170}
+    assert {r.mem for r in table} == {2000}  # type: ignore[attr-defined]
+
+
 def test_a_recorded_recipe_gains_the_fields_that_came_later():
     recorded = to_json(find_recipe("er/split_mnist"))
     old = {k: v for k, v in recorded.items() if k not in ("backbone", "order_seeds", "freeze")}
