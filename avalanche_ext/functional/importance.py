@@ -16,19 +16,16 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 __all__ = [
     "anchor_term",
     "grown",
     "largest_to_one",
-    "negative_log_likelihood",
     "path_importance",
     "path_score",
     "per_sample_sums",
     "quantiles",
     "sampled_labels",
-    "squared_norm",
 ]
 
 Objective = Callable[..., Tensor]
@@ -93,16 +90,6 @@ def quantiles(values: Sequence[Tensor], q: Sequence[float]) -> list[float]:
 
 
 # measured on data -------------------------------------------------------------------------------
-
-
-def negative_log_likelihood(logits: Tensor, label: Tensor) -> Tensor:
-    """``-log p(label)`` under the softmax of one sample's logits ``(C,)``."""
-    return -F.log_softmax(logits, 0).gather(0, label[None])[0]
-
-
-def squared_norm(logits: Tensor) -> Tensor:
-    """Squared length of one sample's output ``(C,)``."""
-    return logits.square().sum()
 
 
 def sampled_labels(logits: Tensor, uniform: Tensor) -> Tensor:

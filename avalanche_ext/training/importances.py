@@ -4,45 +4,29 @@ Those of SI and RWalk, measured while it is being learnt, are in ``path_importan
 
 ``Fisher`` (EWC) and ``OutputNorm`` (MAS) look at every sample of the experience by itself, so that
 the size of batches does not matter. They run in evaluation mode with the evaluation transforms,
-leave batch statistics and random states alone, and put every module's mode back. Samples go through
-``torch.func.vmap``, as many at a time as have room for their gradients (16 MiB on a CPU, 256 MiB
-elsewhere). Where that is only a few they take one backward pass each. So do those of a network that
-cannot be vectorised (recurrent layers, control flow that depends on values), with a warning. The
-result is the same.
+leave batch statistics and random states alone, and put every module's mode back.
 """
 
 from __future__ import annotations
 
-import functools
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from avalanche.models import IncrementalClassifier, MultiHeadClassifier
-from avalanche.models.utils import avalanche_forward, is_multi_task_module
+from avalanche.models.utils import is_multi_task_module
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils.data import DataLoader
 
-from avalanche_ext.functional.importance import (
-    negative_log_likelihood,
-    per_sample_sums,
-    sampled_labels,
-    squared_norm,
-)
+from avalanche_ext.functional.importance import sampled_labels
 from avalanche_ext.models.heads import FixedSizeClassifier
 from avalanche_ext.training.checks import check_nonnegative, check_one_of
 from avalanche_ext.training.loading.sampling import seeded
 from avalanche_ext.training.representation_penalty import bare
+from avalanche_ext.training.sample_gradients import SampleGradients
 
 __all__ = ["L2", "Fisher", "Importance", "OutputNorm", "evaluating", "trainable"]
-
-_Output = Callable[[Any, Tensor], Tensor]
-# Memory for the gradients of samples that are taken together: on a CPU, what caches hold.
-_GRADIENT_BYTES = {"cpu": 16 << 20, "accelerator": 256 << 20}
-_WORTH_VECTORISING = 4  # samples; for fewer one backward pass each is faster
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -135,61 +119,37 @@ class _PerSample(Importance):
     def finish(self, strategy: Any) -> dict[str, Tensor]:
         """See ``Importance``."""
         model, dataset = bare(strategy.model), strategy.experience.dataset.eval()
-        parameters = trainable(model)
-        sums = {name: torch.zeros_like(p) for name, p in parameters.items()}
         loader = DataLoader(
             dataset,
             batch_size=strategy.train_mb_size,
             collate_fn=getattr(dataset, "collate_fn", None),
             generator=torch.Generator(),  # the global random state belongs to training
         )
-        chunk = _chunk(parameters, torch.device(strategy.device).type)
         # All numbers at once: the draw of a sample does not depend on the batch it stands in.
         draws = seeded(torch.initial_seed(), strategy.clock.train_exp_counter)
         uniform = torch.rand(len(dataset), generator=draws, dtype=torch.float64)
+        gradients = SampleGradients(
+            model, trainable(model), objective=self._objective, of=self._of, labels=self._labels,
+            owner=type(self).__name__,
+        )  # fmt: skip
         with evaluating(model), _uncompiled(model):
             for x, y, *_, tasks in ((*batch, batch[-1]) for batch in loader):
                 own, uniform = uniform.tensor_split([len(x)])
-                x, y, tasks = (column.to(strategy.device) for column in (x, y, tasks))
-                for objective, samples in self._samples(model, x, y, tasks, own):
-                    found, chunk = self._sums(objective, parameters, samples, chunk)
-                    for name, value in found.items():
-                        sums[name].add_(value)
-        return {name: total / len(dataset) for name, total in sums.items()}
+                for task in tasks.unique().tolist() if is_multi_task_module(model) else (None,):
+                    rows = slice(None) if task is None else tasks == task
+                    here, labels = (column[rows].to(strategy.device) for column in (x, y))
+                    gradients.add(here, labels, task, own[rows])
+        return {name: total / len(dataset) for name, total in gradients.sums.items()}
 
-    def _samples(
-        self, model: nn.Module, x: Tensor, y: Tensor, tasks: Tensor, uniform: Tensor
-    ) -> Iterator[tuple[Callable[..., Tensor], list[Tensor]]]:
-        """Objectives of one sample each, and the columns of samples they are taken of.
-
-        ``uniform`` holds a random number for each sample.
-        """
+    def _objective(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Sum over a batch of what is differentiated, from the output and the labels."""
         raise NotImplementedError
 
     def _of(self, gradient: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def _sums(
-        self,
-        objective: Callable[..., Tensor],
-        parameters: dict[str, nn.Parameter],
-        samples: list[Tensor],
-        chunk: int,
-    ) -> tuple[dict[str, Tensor], int]:
-        """Sums of one batch, and the chunk to go on with."""
-        given: dict[str, Tensor] = dict(parameters)
-        if chunk:
-            try:
-                found = per_sample_sums(objective, given, samples, of=self._of, chunk=chunk)
-                return found, chunk
-            except (RuntimeError, AttributeError) as error:
-                reason = str(error).strip().split("\n")[0]
-                warnings.warn(
-                    f"{type(self).__name__} goes through the experience one sample at a time, "
-                    f"which is slow: torch.func.vmap cannot vectorise this network ({reason}).",
-                    stacklevel=2,
-                )
-        return per_sample_sums(objective, given, samples, of=self._of), 0
+    def _labels(self, logits: Tensor, y: Tensor, uniform: Tensor) -> Tensor:
+        return y
 
 
 class Fisher(_PerSample):
@@ -212,22 +172,18 @@ class Fisher(_PerSample):
         check_one_of("Fisher", "mode", mode, ("sampled", "empirical", "argmax"))
         self.mode = mode
 
-    def _samples(
-        self, model: nn.Module, x: Tensor, y: Tensor, tasks: Tensor, uniform: Tensor
-    ) -> Iterator[tuple[Callable[..., Tensor], list[Tensor]]]:
-        with torch.no_grad():
-            logits = avalanche_forward(model, x, tasks)
+    def _labels(self, logits: Tensor, y: Tensor, uniform: Tensor) -> Tensor:
         if logits.ndim != 2:
             raise ValueError(
-                f"Fisher expects logits (B, C); {type(model).__name__} gives shape "
-                f"{tuple(logits.shape)}. Use importance='mas' or 'si', which need no classes."
+                f"Fisher expects logits (B, C); the network gives shape {tuple(logits.shape)}. Use "
+                "importance='mas' or 'si', which need no classes."
             )
         if self.mode == "sampled":
-            y = sampled_labels(logits.cpu(), uniform).to(y)
-        elif self.mode == "argmax":
-            y = logits.argmax(1)
-        for rows, output in _by_task(model, tasks):
-            yield functools.partial(_nll, output, logits.shape[1]), [x[rows], y[rows]]
+            return sampled_labels(logits.cpu(), uniform).to(y)
+        return y if self.mode == "empirical" else logits.argmax(1)
+
+    def _objective(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits, labels, reduction="sum")
 
     def _of(self, gradient: Tensor) -> Tensor:
         return gradient.square()
@@ -248,11 +204,8 @@ class OutputNorm(_PerSample):
     def __init__(self, *, merge: str | float = "sum") -> None:
         super().__init__(merge)
 
-    def _samples(
-        self, model: nn.Module, x: Tensor, y: Tensor, tasks: Tensor, uniform: Tensor
-    ) -> Iterator[tuple[Callable[..., Tensor], list[Tensor]]]:
-        for rows, output in _by_task(model, tasks):
-            yield functools.partial(_norm, output), [x[rows]]
+    def _objective(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return logits.square().sum()
 
     def _of(self, gradient: Tensor) -> Tensor:
         return gradient.abs()
@@ -269,38 +222,6 @@ def _uncompiled(model: nn.Module) -> Iterator[None]:
     finally:
         for module, call in compiled.items():
             module._compiled_call_impl = call
-
-
-def _chunk(parameters: dict[str, nn.Parameter], device: str) -> int:
-    """How many samples to take together; 0 for one at a time."""
-    room = _GRADIENT_BYTES["cpu" if device == "cpu" else "accelerator"]
-    chunk = room // (1 + sum(p.nbytes for p in parameters.values()))
-    return chunk if chunk >= _WORTH_VECTORISING else 0
-
-
-def _by_task(model: nn.Module, tasks: Tensor) -> Iterator[tuple[Any, _Output]]:
-    """Rows of a batch that share a head, and the network's output ``(C,)`` for one of them."""
-    if not is_multi_task_module(model):
-        yield slice(None), lambda p, x: functional_call(model, p, (x[None],))[0]
-        return
-    for task in tasks.unique():
-        # The label as a number: Avalanche's modules cannot split a vectorised batch by task.
-        output = functools.partial(_output_of_task, model, int(task))
-        yield tasks == task, output
-
-
-def _output_of_task(model: nn.Module, task: int, parameters: Any, x: Tensor) -> Tensor:
-    return functional_call(model, parameters, (x[None], task))[0]
-
-
-def _nll(output: _Output, width: int, parameters: Any, x: Tensor, label: Tensor) -> Tensor:
-    z = output(parameters, x)
-    # A head of one task may be narrower than the output of a batch, which Avalanche pads.
-    return negative_log_likelihood(nn.functional.pad(z, (0, width - len(z))), label)
-
-
-def _norm(output: _Output, parameters: Any, x: Tensor) -> Tensor:
-    return squared_norm(output(parameters, x))
 
 
 def _trained_rows(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -12,13 +12,11 @@ from avalanche_ext.functional.importance import (
     anchor_term,
     grown,
     largest_to_one,
-    negative_log_likelihood,
     path_importance,
     path_score,
     per_sample_sums,
     quantiles,
     sampled_labels,
-    squared_norm,
 )
 
 
@@ -81,13 +79,6 @@ def test_quantiles_are_those_of_all_numbers_together():
 # on data ----------------------------------------------------------------------------------------
 
 
-def test_objectives_of_one_sample():
-    z = torch.randn(5)
-    want = F.cross_entropy(z[None], torch.tensor([3]))
-    torch.testing.assert_close(negative_log_likelihood(z, torch.tensor(3)), want)
-    assert float(squared_norm(torch.tensor([3.0, -4.0]))) == 25
-
-
 def test_labels_are_drawn_with_the_softmaxs_probabilities():
     p = torch.tensor([0.0, 0.1, 0.25, 0.65, 0.0])
     uniform = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
@@ -108,7 +99,7 @@ def linear():
     x, y = torch.randn(11, 4, dtype=torch.float64), torch.randint(3, (11,))
 
     def objective(parameters, sample, label):
-        return negative_log_likelihood(functional_call(model, parameters, (sample,)), label)
+        return F.cross_entropy(functional_call(model, parameters, (sample,)), label)
 
     return model, x, y, objective
 
@@ -128,7 +119,7 @@ def test_squares_of_a_softmax_classifiers_gradients_in_closed_form(linear, chunk
 def test_absolute_values_are_taken_per_sample(linear, chunk):
     model, x, _, _ = linear
     sums = per_sample_sums(
-        lambda p, sample: squared_norm(functional_call(model, p, (sample,))),
+        lambda p, sample: functional_call(model, p, (sample,)).square().sum(),
         dict(model.named_parameters()), [x], of=torch.abs, chunk=chunk,
     )  # fmt: skip
     torch.testing.assert_close(sums["weight"], 2 * model(x).abs().T.detach() @ x.abs())

@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 
 from avalanche_ext.functional.importance import sampled_labels
 from avalanche_ext.models.heads import FixedSizeClassifier
-from avalanche_ext.training import importances
+from avalanche_ext.training import layer_gradients, sample_gradients
 from avalanche_ext.training.importances import L2, Fisher, OutputNorm, trainable
 from avalanche_ext.training.loading.sampling import seeded
 from avalanche_ext.training.path_importances import FisherPath, PathIntegral
@@ -146,23 +146,27 @@ def test_a_convolutional_network_matches_one_backward_pass_per_sample():
 @pytest.mark.parametrize("measure", MEASURES, ids=IDS)
 def test_the_size_of_batches_and_of_chunks_does_not_matter(measure, monkeypatch):
     _, _, dataset = samples(13, 2, 6, 6)
-    model = conv_net()
+    model, supported = conv_net(), layer_gradients._is_supported
     reference = finish(measure, model, dataset, batch=13)
     assert all((omega > 0).any() for omega in reference.values())
     for batch in (1, 4):
         close(finish(measure, model, dataset, batch=batch), reference)
     seen = []
-    whole = importances.per_sample_sums
+    whole = sample_gradients.per_sample_sums
     monkeypatch.setattr(
-        importances, "per_sample_sums",
+        sample_gradients, "per_sample_sums",
         lambda *args, chunk=0, **kwargs: seen.append(chunk) or whole(*args, chunk=chunk, **kwargs),
     )  # fmt: skip
     size = sum(4 * p.numel() for p in model.parameters()) + 1
     for fit, chunk in ((3, 0), (4, 4), (7, 7)):
         seen.clear()
-        monkeypatch.setitem(importances._GRADIENT_BYTES, "cpu", fit * size)
+        monkeypatch.setitem(sample_gradients._GRADIENT_BYTES, "cpu", fit * size)
+        close(finish(measure, model, dataset), reference)
+        assert seen == []  # by layers
+        monkeypatch.setattr(layer_gradients, "_is_supported", lambda module: False)
         close(finish(measure, model, dataset), reference)
         assert set(seen) == {chunk}
+        monkeypatch.setattr(layer_gradients, "_is_supported", supported)
 
 
 @pytest.mark.parametrize("measure", MEASURES, ids=IDS)
