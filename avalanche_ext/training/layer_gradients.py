@@ -36,7 +36,7 @@ class LayerGradients:
     Args:
         model: The network.
         parameters: Those to look at, by name.
-        room: Bytes that the gradients of samples may take at a time.
+        room: Bytes that the gradients of samples in one layer may take at a time.
     """
 
     def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter], room: int) -> None:
@@ -142,12 +142,7 @@ def _layer_sums(
             return
         x, delta = (t.reshape(len(t), -1, t.shape[-1]).transpose(1, 2) for t in (x, delta))
     elif isinstance(module, nn.Conv2d):
-        padding = module.padding
-        if isinstance(padding, str):  # "same" or "valid"
-            x = F.pad(x, module._reversed_padding_repeated_twice) if padding == "same" else x
-            padding = 0
-        size = module.kernel_size
-        x = F.unfold(x, size, module.dilation, padding, module.stride)  # type: ignore[arg-type]
+        x = _patches(module, x)
         delta = delta.flatten(2)
     else:
         assert isinstance(module, _BATCH_NORMS)
@@ -158,8 +153,21 @@ def _layer_sums(
         return
     # (B, in, L) and (B, out, L): a gradient is a product over L.
     weight = module.weight
-    rows = max(1, room // (1 + weight.nbytes + x[0].nbytes))
+    rows = max(1, room // (1 + weight.nbytes))
     total = sum(of(d @ a.mT).sum(0) for a, d in zip(x.split(rows), delta.split(rows), strict=True))
     assert isinstance(total, Tensor)
     yield "weight", total.view_as(weight)
     yield "bias", of(delta.sum(2)).sum(0)
+
+
+def _patches(module: nn.Conv2d, x: Tensor) -> Tensor:
+    """What each position of the output is made of, ``(B, in * k_h * k_w, L)``.
+
+    As torch's ``unfold``, by views and one copy: several times faster on a CPU.
+    """
+    x = F.pad(x, module._reversed_padding_repeated_twice)
+    for axis, (size, step, apart) in enumerate(
+        zip(module.kernel_size, module.stride, module.dilation, strict=True), start=2
+    ):
+        x = x.unfold(axis, (size - 1) * apart + 1, step)[..., ::apart]
+    return x.permute(0, 1, 4, 5, 2, 3).flatten(4).flatten(1, 3)

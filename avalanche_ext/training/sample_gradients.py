@@ -65,7 +65,7 @@ class SampleGradients:
         room = _GRADIENT_BYTES["cpu" if on_cpu else "accelerator"]
         chunk = room // (1 + sum(p.nbytes for p in parameters.values()))
         self._chunk = chunk if chunk >= _WORTH_VECTORISING else 0
-        self._layers: LayerGradients | None = LayerGradients(model, parameters, room)
+        self._layers: LayerGradients | None = LayerGradients(model, parameters, room // 4)
         if not self._layers.supported:
             self._layers = None
 
