@@ -293,7 +293,8 @@ class RepresentationPenalty(SupervisedPlugin):
         self._sum = total if self._sum is None else self._sum + total
         self._steps += 1
         for name, h in rows.items():
-            low, high = h.detach().aminmax(dim=1)
+            h = h.detach()
+            low, high = h.amin(1), h.amax(1)  # aminmax(dim=1) is ten times slower on a CPU
             silent, low = (high == 0).logical_and(low == 0).sum(), low.amin()
             self._silent[name] = self._silent.get(name, 0) + silent
             self._rows[name] = self._rows.get(name, 0) + len(h)

@@ -37,8 +37,6 @@ with a discount make one pass over the data after each experience.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +54,7 @@ from avalanche_ext.functional.inhibition import (
 from avalanche_ext.functional.inhibition_operators import Operator, inhibition_operator
 from avalanche_ext.models.recording import ActivationRecorder, LayerSpec
 from avalanche_ext.training.checks import check_nonnegative, check_one_of
+from avalanche_ext.training.importances import OutputNorm, evaluating
 from avalanche_ext.training.representation_penalty import RepresentationPenalty, hidden_taps
 
 __all__ = ["NeuronImportance", "SLNIPlugin"]
@@ -69,8 +68,7 @@ class NeuronImportance:
 
     Args:
         objective: ``"output_l2"``: squared length of the output (no labels); ``"loss"``: the
-            criterion; ``"auto"``: ``"output_l2"`` if a plugin named after MAS is present, else
-            ``"loss"``.
+            criterion; ``"auto"``: ``"output_l2"`` beside MAS, else ``"loss"``.
         at: ``"pre"`` or ``"post"``: the ReLU's input or output.
         accumulate: Over experiences: ``"sum"``, ``"mean"`` or ``"max"``.
         gain: Factor >= 0 of the accumulated importance in the discount.
@@ -215,7 +213,7 @@ class SLNIPlugin(RepresentationPenalty, supports_distributed=True):
         taps = hidden_taps("SLNIPlugin", model, self.layers)
         recorder = ActivationRecorder(self.layers)
         sums: dict[str, Tensor] = {}
-        with _evaluating(model):
+        with evaluating(model):
             for x, y, *_, tasks in ((*batch, batch[-1]) for batch in loader):
                 x, y, tasks = (column.to(strategy.device) for column in (x, y, tasks))
                 if x.is_floating_point():
@@ -241,8 +239,7 @@ class SLNIPlugin(RepresentationPenalty, supports_distributed=True):
         """The scalar of Eq. 5, added up over the batch."""
         kind = self.measure.objective
         if kind == "auto":
-            classes = [c for plugin in strategy.plugins for c in type(plugin).__mro__]
-            kind = "output_l2" if any("MAS" in c.__name__ for c in classes) else "loss"
+            kind = "output_l2" if any(map(_is_mas, strategy.plugins)) else "loss"
         if kind == "output_l2":
             return output.square().sum()
         criterion = strategy._criterion
@@ -263,6 +260,12 @@ class SLNIPlugin(RepresentationPenalty, supports_distributed=True):
             else:
                 self.importance[name] = torch.maximum(old, value)
         self._operators = {}
+
+
+def _is_mas(plugin: Any) -> bool:
+    """Ours, one built on its importance, Avalanche's, or a class derived from it."""
+    named = any("MAS" in c.__name__ for c in type(plugin).__mro__)
+    return named or isinstance(getattr(plugin, "measure", None), OutputNorm)
 
 
 def _sigma(sigma: float | str, width: int) -> float:
@@ -287,15 +290,3 @@ def _sigma(sigma: float | str, width: int) -> float:
 def _widened(importance: Tensor, width: int) -> Tensor:
     """Units that a grown layer has gained were of no importance so far."""
     return nn.functional.pad(importance, (0, width - len(importance)))
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; every module's own mode afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

@@ -28,6 +28,7 @@ from avalanche_ext.experiments.state import capture, restore
 from avalanche_ext.functional.inhibition import InhibitionForm
 from avalanche_ext.models.mlp import MLP
 from avalanche_ext.training.plugins.activation_penalty import L1RepPlugin
+from avalanche_ext.training.plugins.parameter_anchor import ParameterAnchorPlugin
 from avalanche_ext.training.plugins.parameter_penalty import OrthRegPlugin
 from avalanche_ext.training.plugins.slni import NeuronImportance, SLNIPlugin
 from avalanche_ext.training.representation_penalty import hidden_fc_relus
@@ -362,7 +363,13 @@ def test_criterion_reductions_give_one_importance():
 
 @pytest.mark.parametrize(
     ("companion", "objective"),
-    [([], "loss"), ([MASPlugin()], "output_l2"), ([EWCPlugin(1.0)], "loss")],
+    [
+        ([], "loss"),
+        ([MASPlugin()], "output_l2"),
+        ([ParameterAnchorPlugin(0.1, importance="mas")], "output_l2"),
+        ([EWCPlugin(1.0)], "loss"),
+        ([ParameterAnchorPlugin(0.1, importance="ewc")], "loss"),
+    ],
 )
 def test_auto_goes_by_the_companion(companion, objective):
     found = []
