@@ -42,7 +42,7 @@ def test_rows_of_one_table_share_their_protocol():
             else:
                 free_here = {"auxiliary", "prune", "title"} if "auxiliary" in ours else set()
                 if isinstance(recipe, SelflessRecipe):  # units that compete are another network
-                    free_here = {"lam", "backbone"}
+                    free_here = {"lam", "anchor_lam", "backbone"}
                 elif isinstance(recipe, ImportanceRecipe):
                     free_here = {"lam"}
                 ours = {k: v for k, v in ours.items() if k not in free_here}
