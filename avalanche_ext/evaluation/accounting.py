@@ -12,6 +12,7 @@ from avalanche.training.supervised import Cumulative
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from avalanche_ext.models.modes import evaluating
 from avalanche_ext.training.loading.sources import as_source
 from avalanche_ext.training.plugins.device_data import DeviceDataPlugin
 from avalanche_ext.training.storage_policy.policy_memory import PolicyMemory
@@ -55,15 +56,9 @@ def flops_per_sample(model: nn.Module, x: Tensor, task_labels: Tensor | None = N
     if not len(x):
         raise ValueError("flops_per_sample expects at least one sample; got none.")
     labels = torch.zeros(len(x), dtype=torch.long) if task_labels is None else task_labels
-    modes = {module: module.training for module in model.modules()}
     counter = FlopCounterMode(display=False)
-    model.eval()
-    try:
-        with torch.no_grad(), counter:
-            avalanche_forward(model, x[:1], labels[:1])
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with evaluating(model), torch.no_grad(), counter:
+        avalanche_forward(model, x[:1], labels[:1])
     return counter.get_total_flops()
 
 

@@ -26,22 +26,20 @@ features with the probe's weights, in float64 on the features' device.
 
 from __future__ import annotations
 
-import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from avalanche.models.utils import avalanche_forward
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from avalanche_ext.evaluation.random_states import random_states_kept
+from avalanche_ext.models.modes import evaluating
 from avalanche_ext.models.recording import ActivationRecorder, Tap
 from avalanche_ext.training.checks import check_count, check_nonnegative
-from avalanche_ext.training.importances import evaluating
 from avalanche_ext.training.loading.sources import Source, as_source
 from avalanche_ext.training.representation_penalty import bare
 
@@ -276,7 +274,7 @@ def representation_accuracies(
         return _features_and_labels(model, source(dataset.eval()), batch_size, device)
 
     accuracies = []
-    with evaluating(bare(model)), _random_states_kept(device):
+    with evaluating(bare(model)), random_states_kept(device):
         seen = [read(dataset) for dataset in train]
         features, labels = (torch.cat(column) for column in zip(*seen, strict=True))
         probe = linear_probe(features, labels, l2=l2)
@@ -303,15 +301,3 @@ def _features_and_labels(
         parts.append((features_of(model, x, tasks), y + _LABELS_PER_TASK * tasks))
     features, labels = (torch.cat(column) for column in zip(*parts, strict=True))
     return features, labels
-
-
-@contextmanager
-def _random_states_kept(device: torch.device) -> Iterator[None]:
-    """Whatever transforms draw inside, the global random states are the same afterwards."""
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002 - others may draw from it
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002

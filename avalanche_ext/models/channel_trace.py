@@ -16,6 +16,8 @@ from torch.fx.proxy import TraceError
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from avalanche_ext.models.modes import evaluating
+
 __all__ = ["ChannelTrace", "TracedLayer", "trace_channels"]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -76,18 +78,14 @@ class _Tracer(fx.Tracer):
 
 def trace_channels(network: nn.Module, *, prune_output: bool) -> ChannelTrace:
     """Trace a network in evaluation mode (its modes are put back) and follow its channels."""
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
     try:
-        graph = _Tracer().trace(network)
+        with evaluating(network):
+            graph = _Tracer().trace(network)
     except (TypeError, TraceError) as error:
         raise ValueError(
             f"the channels of {type(network).__name__} cannot be followed: torch.fx does not trace "
             f"it ({error}). Use a network whose forward does not branch on its input, or no masks."
         ) from error
-    finally:
-        for module, training in modes.items():
-            module.training = training
     return ChannelTrace(network, graph, prune_output=prune_output)
 
 

@@ -17,6 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from avalanche_ext.models.channel_groups import ChannelGroups, GroupedLayer, find_channel_groups
 from avalanche_ext.models.channel_trace import trace_channels
+from avalanche_ext.models.modes import evaluating
 
 __all__ = [
     "PrunedNetwork",
@@ -174,22 +175,19 @@ def recalibrate_batch_norms(network: nn.Module, batches: Iterable[Tensor]) -> in
     norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms:
         return 0
-    modes = {module: module.training for module in network.modules()}
     momenta = [norm.momentum for norm in norms]
     count = 0
-    network.eval()
     try:
-        for norm in norms:
-            norm.train()
-            norm.momentum = None  # a cumulative mean
-        for count, x in enumerate(batches, 1):
-            if count == 1:  # not before: without a batch the statistics stay as they were
-                for norm in norms:
-                    norm.reset_running_stats()
-            network(x)
+        with evaluating(network):
+            for norm in norms:
+                norm.train()
+                norm.momentum = None  # a cumulative mean
+            for count, x in enumerate(batches, 1):
+                if count == 1:  # not before: without a batch the statistics stay as they were
+                    for norm in norms:
+                        norm.reset_running_stats()
+                network(x)
     finally:
-        for module, training in modes.items():
-            module.training = training
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
     if not count:

@@ -21,29 +21,18 @@ from torch.utils.data import DataLoader
 
 from avalanche_ext.functional.importance import sampled_labels
 from avalanche_ext.models.heads import FixedSizeClassifier
+from avalanche_ext.models.modes import evaluating
 from avalanche_ext.training.checks import check_nonnegative, check_one_of
 from avalanche_ext.training.loading.sampling import seeded
 from avalanche_ext.training.representation_penalty import bare
 from avalanche_ext.training.sample_gradients import SampleGradients
 
-__all__ = ["L2", "Fisher", "Importance", "OutputNorm", "evaluating", "trainable"]
+__all__ = ["L2", "Fisher", "Importance", "OutputNorm", "trainable"]
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that training may move, by name."""
     return {name: p for name, p in bare(model).named_parameters() if p.requires_grad}
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; every module's own mode afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 class Importance:

@@ -16,6 +16,7 @@ from avalanche.models.utils import avalanche_forward
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
+from avalanche_ext.models.modes import evaluating
 from avalanche_ext.training.checks import check_count, check_experience
 from avalanche_ext.training.loading.sampling import seeded
 from avalanche_ext.training.publishing import publish
@@ -261,14 +262,8 @@ def float32_evaluation(strategy: Any) -> Iterator[Callable[[Tensor, Tensor], Ten
         The model's outputs for inputs and task labels.
     """
     model: nn.Module = strategy.model
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.autocast(strategy.device.type, enabled=False):
-            yield lambda x, tasks: avalanche_forward(model, x, tasks)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with evaluating(model), torch.autocast(strategy.device.type, enabled=False):
+        yield lambda x, tasks: avalanche_forward(model, x, tasks)
 
 
 def _lent(source: Any) -> ExemplarMemory | None:

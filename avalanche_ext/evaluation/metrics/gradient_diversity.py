@@ -14,14 +14,12 @@ bytes (36 MB for 100 samples of an MLP with 89,610 parameters, 9.4 GB for those 
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
-import numpy as np
 import torch
 from avalanche.evaluation import PluginMetric
 from avalanche.evaluation.metric_results import MetricValue
@@ -31,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
+from avalanche_ext.evaluation.random_states import random_states_kept
 from avalanche_ext.functional.similarity import (
     PairSplit,
     cosine_similarities,
@@ -140,7 +139,7 @@ def similarity_report(
         )
     device = next(model.parameters()).device
     x, y = x.to(device), y.to(device)
-    with _as_it_was(model), _random_states_kept(device):
+    with _as_it_was(model), random_states_kept(device):
         representations = _representations(model, x, y, layers)
         try:
             gradients = per_sample_gradients(model, x, y, loss, chunk_size)
@@ -224,7 +223,7 @@ class GradientDiversity(PluginMetric[dict[str, float]]):
         x, y, samples = self._x, self._y, strategy.experience.dataset.eval()
         if not self._checked and (self._given or len(samples) > 1):
             if not self._given:
-                with _random_states_kept(strategy.device):
+                with random_states_kept(strategy.device):
                     x, y = _take(samples, (0, 1))
             self._report(strategy.model, x, y)
             self._checked = True
@@ -235,7 +234,7 @@ class GradientDiversity(PluginMetric[dict[str, float]]):
         key = (experience.origin_stream.name, experience.current_experience)
         if not self._given and key not in self._experiences:
             self._experiences.add(key)
-            with _random_states_kept(strategy.device):
+            with random_states_kept(strategy.device):
                 self._add(experience.dataset.eval(), self.seed + _SEEDS_APART * (1 + key[1]))
         if self._x is None or len(self._y) < 2:
             return []
@@ -357,19 +356,6 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
                 owner[name] = buffer
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
-
-
-@contextmanager
-def _random_states_kept(device: torch.device | str) -> Iterator[None]:
-    """Whatever is drawn inside, the global random states are the same afterwards."""
-    device = torch.device(device)
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002 - others may draw from it
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
 
 
 def _as_samples(probe: Any) -> Any:

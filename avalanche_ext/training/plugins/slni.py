@@ -52,9 +52,10 @@ from avalanche_ext.functional.inhibition import (
     neuron_sensitivity,
 )
 from avalanche_ext.functional.inhibition_operators import Operator, inhibition_operator
+from avalanche_ext.models.modes import evaluating
 from avalanche_ext.models.recording import ActivationRecorder, LayerSpec
 from avalanche_ext.training.checks import check_nonnegative, check_one_of
-from avalanche_ext.training.importances import OutputNorm, evaluating
+from avalanche_ext.training.importances import OutputNorm
 from avalanche_ext.training.representation_penalty import RepresentationPenalty, hidden_taps
 
 __all__ = ["NeuronImportance", "SLNIPlugin"]
