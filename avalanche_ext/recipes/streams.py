@@ -8,6 +8,12 @@ from typing import Any, NamedTuple
 
 from avalanche_ext.recipes.class_orders import CLASS_ORDERS
 from avalanche_ext.recipes.names import lookup
+from avalanche_ext.recipes.split_streams import (
+    BenchmarkSettings,
+    PermutedMNIST,
+    SplitDigits,
+    SplitMNIST,
+)
 
 __all__ = [
     "BENCHMARKS",
@@ -15,129 +21,13 @@ __all__ = [
     "CORe50Track",
     "ImageFolder",
     "PermutedMNIST",
+    "SplitCIFAR10",
     "SplitCIFAR100",
     "SplitDigits",
     "SplitMNIST",
+    "SplitSVHN",
     "ToyCORe50",
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchmarkSettings:
-    """Settings of a benchmark; ``build`` makes it.
-
-    ``validation=True`` tests on held-out training images: for choosing settings.
-    """
-
-    n_experiences: int = 5
-    train_per_experience: int | None = None
-    validation: bool = False
-
-    @property
-    def in_shape(self) -> tuple[int, ...]:
-        """Shape of one image."""
-        return (1, 28, 28)
-
-    @property
-    def n_outputs(self) -> int:
-        """Units of the head."""
-        return 10
-
-    def build(self, seed: int, order_seed: int | None = None) -> Any:
-        """The Avalanche benchmark.
-
-        Args:
-            seed: Decides which images a thinned stream keeps.
-            order_seed: Decides the order of the classes (or the permutations of the pixels);
-                ``None`` is the recipe's own order.
-        """
-        raise NotImplementedError
-
-    def smoke(self) -> BenchmarkSettings:
-        """The same benchmark with a few images, for a check in seconds."""
-        return dataclasses.replace(self, train_per_experience=40)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SplitDigits(BenchmarkSettings):
-    """``benchmarks.split_digits``: scikit-learn's digits, nothing to download.
-
-    Args:
-        n_experiences: Length of the stream.
-        train_per_experience: Random training images to keep of each experience.
-        validation: Test on held-out training images.
-        scenario: ``"class"``-, ``"task"``- or ``"domain"``-incremental.
-        class_order: The classes in the order of arrival; ascending by default.
-    """
-
-    scenario: str = "class"
-    class_order: tuple[int, ...] | None = None
-
-    @property
-    def n_classes(self) -> int:
-        """Classes of the data set that the stream brings."""
-        return 10 if self.class_order is None else len(self.class_order)
-
-    @property
-    def in_shape(self) -> tuple[int, ...]:
-        """Shape of one image."""
-        return (1, 8, 8)
-
-    @property
-    def n_outputs(self) -> int:
-        """Units of the head."""
-        return self.n_classes if self.scenario == "class" else self.n_classes // self.n_experiences
-
-    def ordered(self, order_seed: int | None) -> tuple[int, ...] | None:
-        """The order of the classes: the recipe's own, or its classes shuffled by ``order_seed``.
-
-        NumPy's legacy generator shuffles: seed 1993 on 100 classes gives 68, 56, 78, ..., the
-        order of iCaRL's successors.
-        """
-        if order_seed is None:
-            return self.class_order
-        import numpy as np
-
-        classes = range(self.n_classes) if self.class_order is None else sorted(self.class_order)
-        # The literature's orders come from this generator and no other.
-        drawn = np.random.RandomState(order_seed).permutation(len(classes))
-        return tuple(classes[i] for i in drawn)
-
-    def options(self, seed: int, order_seed: int | None) -> dict[str, Any]:
-        """Arguments of the benchmark's function."""
-        return {
-            "scenario": self.scenario,
-            "class_order": self.ordered(order_seed),
-            "train_per_experience": self.train_per_experience,
-            "validation": self.validation,
-            "seed": seed,
-        }
-
-    def build(self, seed: int, order_seed: int | None = None) -> Any:
-        """See ``BenchmarkSettings``."""
-        from avalanche_ext.benchmarks import split_digits
-
-        return split_digits(self.n_experiences, **self.options(seed, order_seed))
-
-
-@dataclass(frozen=True, kw_only=True)
-class SplitMNIST(SplitDigits):
-    """``benchmarks.split_mnist``."""
-
-    download: bool = False
-
-    @property
-    def in_shape(self) -> tuple[int, ...]:
-        """Shape of one image."""
-        return (1, 28, 28)
-
-    def build(self, seed: int, order_seed: int | None = None) -> Any:
-        """See ``BenchmarkSettings``."""
-        from avalanche_ext.benchmarks import split_mnist
-
-        return split_mnist(
-            self.n_experiences, download=self.download, **self.options(seed, order_seed)
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +61,13 @@ class SplitCIFAR100(SplitDigits):
         """Shape of one image."""
         return (3, 32, 32)
 
+    @property
+    def units(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """See ``BenchmarkSettings``."""
+        from avalanche_ext.benchmarks.cifar import CIFAR100_MEAN, CIFAR100_STD
+
+        return CIFAR100_MEAN, CIFAR100_STD
+
     def build(self, seed: int, order_seed: int | None = None) -> Any:
         """See ``BenchmarkSettings``."""
         from avalanche_ext.benchmarks import split_cifar100
@@ -178,6 +75,47 @@ class SplitCIFAR100(SplitDigits):
         return split_cifar100(
             self.n_experiences, first_classes=self.first_classes, augment=self.augment,
             download=self.download,
+            **self.options(seed, order_seed),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitCIFAR10(SplitCIFAR100):
+    """``benchmarks.split_cifar10``."""
+
+    n_experiences: int = 5
+    augment: bool = False
+
+    @property
+    def n_classes(self) -> int:
+        """Classes of the data set that the stream brings."""
+        return 10 if self.class_order is None else len(self.class_order)
+
+    @property
+    def units(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """See ``BenchmarkSettings``."""
+        return (0.5,), (0.5,)
+
+    def build(self, seed: int, order_seed: int | None = None) -> Any:
+        """See ``BenchmarkSettings``."""
+        from avalanche_ext.benchmarks import split_cifar10
+
+        return split_cifar10(
+            self.n_experiences, augment=self.augment, download=self.download,
+            **self.options(seed, order_seed),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitSVHN(SplitCIFAR10):
+    """``benchmarks.split_svhn``."""
+
+    def build(self, seed: int, order_seed: int | None = None) -> Any:
+        """See ``BenchmarkSettings``."""
+        from avalanche_ext.benchmarks import split_svhn
+
+        return split_svhn(
+            self.n_experiences, augment=self.augment, download=self.download,
             **self.options(seed, order_seed),
         )  # fmt: skip
 
@@ -241,6 +179,13 @@ class ImageFolder(SplitDigits):
         size = self.size or _FOLDERS[self.dataset].size
         return (3, size, size)
 
+    @property
+    def units(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """See ``BenchmarkSettings``."""
+        from avalanche_ext.benchmarks.core50_tracks import CHALLENGE_MEAN, CHALLENGE_STD
+
+        return CHALLENGE_MEAN, CHALLENGE_STD
+
     def build(self, seed: int, order_seed: int | None = None) -> Any:
         """See ``BenchmarkSettings``."""
         from avalanche.benchmarks.datasets import default_dataset_location
@@ -264,27 +209,6 @@ class ImageFolder(SplitDigits):
     def smoke(self) -> BenchmarkSettings:
         """A few training images of each experience, all images small."""
         return dataclasses.replace(self, train_per_experience=40, size=32)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PermutedMNIST(BenchmarkSettings):
-    """``benchmarks.permuted_mnist``; other permutations for every seed, or ``order_seed``."""
-
-    n_experiences: int = 10
-    download: bool = False
-
-    def build(self, seed: int, order_seed: int | None = None) -> Any:
-        """See ``BenchmarkSettings``."""
-        from avalanche_ext.benchmarks import permuted_mnist
-
-        return permuted_mnist(
-            self.n_experiences,
-            train_per_experience=self.train_per_experience,
-            validation=self.validation,
-            download=self.download,
-            seed=seed,
-            permutation_seed=order_seed,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,6 +245,13 @@ class CORe50Track(BenchmarkSettings):
     def n_outputs(self) -> int:
         """Units of the head."""
         return 50
+
+    @property
+    def units(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """See ``BenchmarkSettings``."""
+        from avalanche_ext.benchmarks.core50_tracks import CHALLENGE_MEAN, CHALLENGE_STD
+
+        return CHALLENGE_MEAN, CHALLENGE_STD
 
     def build(self, seed: int, order_seed: int | None = None) -> Any:
         """See ``BenchmarkSettings``."""
@@ -371,6 +302,13 @@ class ToyCORe50(BenchmarkSettings):
         """Units of the head."""
         return self.objects
 
+    @property
+    def units(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """See ``BenchmarkSettings``."""
+        from avalanche_ext.benchmarks.core50_tracks import CHALLENGE_MEAN, CHALLENGE_STD
+
+        return CHALLENGE_MEAN, CHALLENGE_STD
+
     def build(self, seed: int, order_seed: int | None = None) -> Any:
         """See ``BenchmarkSettings``."""
         from avalanche_ext.benchmarks import toy_core50
@@ -390,6 +328,7 @@ class ToyCORe50(BenchmarkSettings):
 BENCHMARKS: dict[str, type[BenchmarkSettings]] = {
     kind.__name__: kind
     for kind in (
-        SplitDigits, SplitMNIST, SplitCIFAR100, ImageFolder, PermutedMNIST, CORe50Track, ToyCORe50,
+        SplitDigits, SplitMNIST, SplitCIFAR10, SplitCIFAR100, SplitSVHN, ImageFolder,
+        PermutedMNIST, CORe50Track, ToyCORe50,
     )
 }  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 import torchvision.datasets
 from torchvision.transforms.v2 import functional as F
 
-from avalanche_ext.benchmarks import split_cifar100
+from avalanche_ext.benchmarks import split_cifar10, split_cifar100, split_svhn
 from avalanche_ext.benchmarks.cifar import CIFAR100_MEAN, CIFAR100_STD, load_cifar100
 from tests.conftest import DATA_ROOT, naive
 from tests.training.plugins.device_runs import device_data
@@ -255,6 +255,40 @@ def test_torchvisions_files(tmp_path, monkeypatch, download):
     assert torch.equal(x, torch.from_numpy(PARTS["train"][0]).permute(0, 3, 1, 2))
     assert (y.dtype, y.tolist()) == (torch.int64, PARTS["train"][1].tolist())
     assert len(x_test) == CLASSES * TEST
+
+
+# CIFAR-10 and SVHN ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "split"), [("cifar10", split_cifar10), ("svhn", split_svhn)])
+def test_the_other_data_sets_in_one_packed_file(tmp_path, name, split):
+    (x, y), (x_test, y_test) = ((x[y < 10], y[y < 10]) for x, y in PARTS.values())
+    np.savez(tmp_path / f"{name}.npz", x_train=x, y_train=y, x_test=x_test, y_test=y_test)
+    benchmark = split(root=tmp_path, class_order=[9, 8, 7, 6, 5, 4, 3, 2, 1, 0])
+    assert len(benchmark.train_stream) == 5
+    images, labels, _ = stored(benchmark.train_stream[1])
+    assert sorted({(m[0], k) for m, k in zip(marks(images), labels.tolist(), strict=True)}) == [
+        (6, 3), (7, 2),
+    ]  # fmt: skip
+    found = given(benchmark.test_stream[0].dataset.eval(), 6)
+    torch.testing.assert_close(found, stored(benchmark.test_stream[0])[0] / 127.5 - 1)
+    with pytest.raises(FileNotFoundError, match=rf"neither {name}\.npz"):
+        split(root=tmp_path / "elsewhere")
+
+
+def test_svhn_as_torchvision_keeps_it(tmp_path, monkeypatch):
+    """Channels first, labels as an array, parts by name."""
+
+    def fake(folder, split, download):
+        x, y = PARTS[split]
+        return SimpleNamespace(data=x.transpose(0, 3, 1, 2), labels=y % 10)
+
+    monkeypatch.setattr(torchvision.datasets, "SVHN", fake)
+    (tmp_path / "train_32x32.mat").touch()
+    images, labels, _ = stored(split_svhn(1, root=tmp_path).train_stream[0])
+    x, y = PARTS["train"]
+    assert torch.equal(images, torch.from_numpy(x).permute(0, 3, 1, 2))
+    assert labels.tolist() == (y % 10).tolist()
 
 
 # the real data ----------------------------------------------------------------------------------

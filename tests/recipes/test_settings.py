@@ -7,10 +7,11 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from avalanche_ext.recipes import RECIPES, find_recipe, load_recipe, with_settings
 from avalanche_ext.recipes.settings import completed, to_json
-from avalanche_ext.recipes.streams import SplitCIFAR100, SplitDigits, SplitMNIST
+from avalanche_ext.recipes.streams import BENCHMARKS, SplitCIFAR100, SplitDigits, SplitMNIST
 
 YAML = """
 like: drl_ber/split_digits
@@ -149,6 +150,17 @@ def test_seed_1993_is_the_order_of_the_literature():
     assert order is not None
     assert order[:6] == (68, 56, 78, 8, 23, 84)
     assert sorted(order) == list(range(100))
+
+
+def test_the_range_of_values_is_that_of_normalised_images():
+    assert SplitMNIST().value_range == (0, 1)
+    assert BENCHMARKS["SplitSVHN"]().value_range == (-1, 1)
+    low, high = SplitCIFAR100().value_range
+    assert low == pytest.approx(-0.4867 / 0.2565)
+    assert high == pytest.approx((1 - 0.4408) / 0.2761)
+    toy = BENCHMARKS["ToyCORe50"](objects=10, frames=2)
+    x = torch.stack([x for x, *_ in toy.build(0).train_stream[0].dataset])
+    assert toy.value_range[0] - 1e-5 <= float(x.min()) < float(x.max()) <= toy.value_range[1] + 1e-5
 
 
 def test_published_orders_are_the_first_order_seeds():
