@@ -63,12 +63,21 @@ _PUBLIC = {
     "RWalkPlugin": "training.plugins.parameter_anchor",
     "L2TransferPlugin": "training.plugins.parameter_anchor",
     "ParameterAnchorPlugin": "training.plugins.parameter_anchor",
+    "DGRPlugin": "training.plugins.dgr",
+    "ExactReplay": "training.replay_sources",
+    "NoiseReplay": "training.replay_sources",
+    "GeneratorTraining": "training.supervised.generator_training",
+    "VAE": "models.generators.vae",
+    "WGAN": "models.generators.wgan",
+    "build_generator": "models.generators.build",
     "drl_loss": "functional.drl",
 }
 
 __all__ = [
     "LWTA",
     "MLP",
+    "VAE",
+    "WGAN",
     "AccuracyMatrixMetrics",
     "BERPlugin",
     "ChallengeMetrics",
@@ -77,18 +86,21 @@ __all__ = [
     "ClassifierStage",
     "CompetitiveMLP",
     "CompilePlugin",
+    "DGRPlugin",
     "DRLPlugin",
     "DataParallelPlugin",
     "DeCovPlugin",
     "DeviceDataPlugin",
     "ERPlugin",
     "EWCPlugin",
+    "ExactReplay",
     "ExemplarMemory",
     "ExpandableDER",
     "ExpandableNet",
     "ExperienceBalancedMemory",
     "FixedSizeClassifier",
     "GatedNetwork",
+    "GeneratorTraining",
     "GradientDiversity",
     "HATNet",
     "HATPlugin",
@@ -100,6 +112,7 @@ __all__ = [
     "MASPlugin",
     "Maxout",
     "NeuronImportance",
+    "NoiseReplay",
     "OnlineEWCPlugin",
     "OrthRegPlugin",
     "ParameterAnchorPlugin",
@@ -116,6 +129,7 @@ __all__ = [
     "SynapticIntelligencePlugin",
     "__version__",
     "build_backbone",
+    "build_generator",
     "drl_loss",
     "find_channel_groups",
     "fold_batch_norms",
@@ -135,6 +149,9 @@ if TYPE_CHECKING:
     from avalanche_ext.models.channel_groups import find_channel_groups
     from avalanche_ext.models.competition import LWTA, CompetitiveMLP, Maxout
     from avalanche_ext.models.expandable_net import ChannelMasks, ExpandableNet
+    from avalanche_ext.models.generators.build import build_generator
+    from avalanche_ext.models.generators.vae import VAE
+    from avalanche_ext.models.generators.wgan import WGAN
     from avalanche_ext.models.hat_net import HATNet
     from avalanche_ext.models.heads import FixedSizeClassifier
     from avalanche_ext.models.mlp import MLP
@@ -144,6 +161,7 @@ if TYPE_CHECKING:
     from avalanche_ext.training.plugins.compile import CompilePlugin
     from avalanche_ext.training.plugins.data_parallel import DataParallelPlugin
     from avalanche_ext.training.plugins.device_data import DeviceDataPlugin
+    from avalanche_ext.training.plugins.dgr import DGRPlugin
     from avalanche_ext.training.plugins.drl import DRLPlugin
     from avalanche_ext.training.plugins.er import ERPlugin
     from avalanche_ext.training.plugins.hat import HATPlugin
@@ -165,6 +183,7 @@ if TYPE_CHECKING:
     from avalanche_ext.training.plugins.schedule import SchedulePlugin
     from avalanche_ext.training.plugins.shuffle_replay import ShuffleReplayPlugin
     from avalanche_ext.training.plugins.slni import NeuronImportance, SLNIPlugin
+    from avalanche_ext.training.replay_sources import ExactReplay, NoiseReplay
     from avalanche_ext.training.schedule import Schedule
     from avalanche_ext.training.storage_policy.exemplar_memory import (
         ClassBalancedMemory,
@@ -174,6 +193,7 @@ if TYPE_CHECKING:
     )
     from avalanche_ext.training.storage_policy.herding import HerdingMemory
     from avalanche_ext.training.supervised.expandable_der import ClassifierStage, ExpandableDER
+    from avalanche_ext.training.supervised.generator_training import GeneratorTraining
 
 
 def __getattr__(name: str) -> Any:

@@ -217,6 +217,48 @@ def _hat(recipe: Any, plugins: list[Any], **options: Any) -> Any:
     return Naive(model=model, optimizer=optimizer, plugins=plugins, **options)
 
 
+def _generator(recipe: Any) -> Any:
+    """The generator of a recipe and how it is trained."""
+    import torch
+
+    from avalanche_ext import GeneratorTraining, build_generator
+
+    benchmark = recipe.benchmark
+    with torch.random.fork_rng(devices=[]):  # the solver starts where it would without it
+        torch.manual_seed(torch.initial_seed() + 1)
+        model = build_generator(
+            recipe.generator, benchmark.in_shape, benchmark.n_outputs,
+            value_range=benchmark.value_range,
+        )  # fmt: skip
+    return GeneratorTraining(
+        model=model, lr=recipe.generator_lr, r=_weight(recipe.generator_r),
+        train_mb_size=recipe.batch_size, train_epochs=recipe.generator_epochs,
+    )  # fmt: skip
+
+
+def _dgr(recipe: Any) -> list[Any]:
+    from avalanche_ext import DGRPlugin, ExactReplay, NoiseReplay
+    from avalanche_ext.recipes.names import lookup
+
+    benchmark = recipe.benchmark
+    sources: dict[str, Callable[[], Any]] = {
+        "generator": lambda: _generator(recipe),
+        "noise": lambda: NoiseReplay(benchmark.in_shape, value_range=benchmark.value_range),
+        "exact": ExactReplay,
+    }
+    return [
+        DGRPlugin(
+            lookup("replay", recipe.replay, sources)(), r=_weight(recipe.r), labels=recipe.labels,
+            schedule=recipe.schedule, prefetch=recipe.prefetch,
+        )
+    ]  # fmt: skip
+
+
+def _weight(r: str) -> str | float:
+    """A rule, or a number written out."""
+    return r if r in ("1/t", "class_ratio") else float(r)
+
+
 def _anchor(key: str, lam: float) -> list[Any]:
     """The importance method of a recipe."""
     import avalanche_ext
@@ -309,6 +351,8 @@ CATALOG: dict[str, Card] = {
         _regulariser("l1_param", "L1-Param", "L1 norm of the parameters", "L1ParamPlugin"),
         _competition("maxout", "Maxout", "pairs of units, the larger passed on", "Maxout"),
         _competition("lwta", "LWTA", "pairs of units, the smaller silenced", "LWTA"),
+        Card("dgr", "DGR", "a generator's samples of the past, labelled by the last solver",
+             "generative", _ours("DGRPlugin", "GeneratorTraining"), _dgr),
         Card("gem", "GEM", "Avalanche's gradient episodic memory", "replay", _plugin("GEMPlugin"),
              lambda recipe: [_gem(recipe)], ours=False),
         Card("agem", "A-GEM", "Avalanche's averaged GEM", "replay", _plugin("AGEMPlugin"),

@@ -273,7 +273,7 @@ def build_strategy(
     evaluator: EvaluationPlugin | None = None,
     device: str = "cpu",
 ) -> Any:
-    """The Avalanche strategy of a recipe: network, SGD and the method's plugins, then ``plugins``.
+    """The Avalanche strategy of a recipe: network, optimizer, the method's plugins, ``plugins``.
 
     Data stay in tensors on the device (``DeviceDataPlugin``), which changes no number.
     The network's first weights come from torch's global random state: seed it before.
@@ -294,10 +294,19 @@ def build_strategy(
         schedule = Schedule(recipe.lr, recipe.warmup_epochs, recipe.milestones)
         options["plugins"].insert(0, SchedulePlugin(schedule))
     model = build_model(recipe)
-    optimizer = torch.optim.SGD(
+    optimizer = build_optimizer(recipe, model)
+    return card.strategy_class()(model=model, optimizer=optimizer, **options)
+
+
+def build_optimizer(recipe: Recipe, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of a recipe over all parameters of its network."""
+    if recipe.optimizer == "adam":
+        return torch.optim.Adam(
+            model.parameters(), recipe.lr, weight_decay=recipe.weight_decay, fused=True
+        )
+    return torch.optim.SGD(
         model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay
     )
-    return card.strategy_class()(model=model, optimizer=optimizer, **options)
 
 
 def build_model(recipe: Recipe) -> torch.nn.Module:

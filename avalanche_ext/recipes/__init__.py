@@ -11,6 +11,7 @@ from avalanche_ext.recipes.base import Recipe
 from avalanche_ext.recipes.core50 import RECIPES as _CORE50
 from avalanche_ext.recipes.drl_ber import RECIPES as _DRL_BER
 from avalanche_ext.recipes.expandable_der import RECIPES as _EXPANDABLE_DER
+from avalanche_ext.recipes.generative import RECIPES as _GENERATIVE
 from avalanche_ext.recipes.hat import RECIPES as _HAT
 from avalanche_ext.recipes.names import lookup
 from avalanche_ext.recipes.selfless import RECIPES as _SELFLESS
@@ -18,7 +19,9 @@ from avalanche_ext.recipes.settings import from_settings, is_file, read_settings
 
 __all__ = ["RECIPES", "Recipe", "find_recipe", "load_recipe", "with_settings"]
 
-RECIPES: dict[str, Recipe] = {**_DRL_BER, **_CORE50, **_EXPANDABLE_DER, **_HAT, **_SELFLESS}
+RECIPES: dict[str, Recipe] = {
+    **_DRL_BER, **_CORE50, **_EXPANDABLE_DER, **_HAT, **_SELFLESS, **_GENERATIVE
+}  # fmt: skip
 
 
 def find_recipe(name: str) -> Recipe:

@@ -35,8 +35,9 @@ class Recipe:
         hidden: Widths of the hidden layers, if it is ``"mlp"``.
         pretrained: Start from ImageNet's weights: ``true``, or a file that holds them.
         freeze: Names of the network's modules that are not trained.
-        lr: Learning rate of SGD.
-        momentum: Its momentum.
+        optimizer: ``"sgd"`` or ``"adam"``.
+        lr: Its learning rate.
+        momentum: SGD's momentum.
         weight_decay: Its weight decay.
         batch_size: Current samples per step.
         epochs: Passes over each experience.
@@ -63,6 +64,7 @@ class Recipe:
     hidden: tuple[int, ...] = (100, 100)
     pretrained: bool | str = False
     freeze: tuple[str, ...] = ()
+    optimizer: str = "sgd"
     lr: float = 0.1
     momentum: float = 0.0
     weight_decay: float = 0.0
@@ -78,6 +80,15 @@ class Recipe:
     published: tuple[Published, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.optimizer not in ("sgd", "adam"):
+            raise ValueError(
+                f"{self.name}: expected optimizer 'sgd' or 'adam'; got {self.optimizer!r}."
+            )
+        if self.optimizer == "adam" and self.momentum:
+            raise ValueError(
+                f"{self.name}: momentum is SGD's; got momentum={self.momentum} with "
+                f"optimizer='adam'. Set one of the two."
+            )
         sizes = {len(self.seeds), len(self.order_seeds) or 1} - {1}
         if not self.seeds or len(sizes) > 1:
             raise ValueError(

@@ -49,6 +49,12 @@ def train(recipe, plugins=(), *, before=(), experiences=slice(None), strategy=No
     return strategy
 
 
+def built(key, recipe):
+    """A method's plugins; a generator among them is drawn from the same numbers each time."""
+    RNGManager.set_random_seeds(3)
+    return CATALOG[key].build(recipe)
+
+
 def weights(strategy):
     return torch.cat([p.detach().flatten() for p in strategy.model.parameters()])
 
@@ -65,7 +71,7 @@ def test_weight_zero_is_naive_bit_for_bit(key):
     recipe = smoke(key)
     shared = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(Recipe)}
     nothing = train(Recipe(**{**shared, "method": "naive"}))
-    none = {"lam": 0.0, "mem": 0, "anchor_lam": 0.0}
+    none = {"lam": 0.0, "mem": 0, "anchor_lam": 0.0, "r": "1"}
     assert torch.equal(weights(train(smoke(key, **none))), weights(nothing))
     assert not torch.equal(weights(train(recipe)), weights(nothing))
 
@@ -144,8 +150,8 @@ def pairs():
 def test_our_methods_compose_with_each_other_in_either_order(one, two):
     recipe, other = smoke(one), smoke(two, importance="none")
     first_two = {"experiences": slice(0, 2)}
-    after = train(recipe, CATALOG[two].build(other), **first_two)
-    before = train(recipe, before=CATALOG[two].build(other), **first_two)
+    after = train(recipe, built(two, other), **first_two)
+    before = train(recipe, before=built(two, other), **first_two)
     torch.testing.assert_close(weights(after), weights(before), rtol=0, atol=2e-5)
 
 
@@ -155,8 +161,12 @@ def test_our_plugins_compose_with_our_strategies_in_either_order(key, owner):
     recipe = smoke(owner)
     if key.endswith("shuffle_replay") and owner == "expandable_der":
         pytest.skip("the strategy shuffles a memory of its own into the epoch")
-    after = train(recipe, CATALOG[key].build(smoke(key)))
-    before = train(recipe, before=CATALOG[key].build(smoke(key)))
+    if key == "dgr" and owner == "hat":
+        with pytest.raises(ValueError, match="no task label"):
+            train(recipe, built(key, smoke(key)))
+        return
+    after = train(recipe, built(key, smoke(key)))
+    before = train(recipe, before=built(key, smoke(key)))
     torch.testing.assert_close(weights(after), weights(before), rtol=0, atol=2e-5)
     # Weights that earlier tasks need HAT holds itself; to the others no output is sensitive.
     idle = owner == "hat" and key in ("ewc", "online_ewc", "mas")

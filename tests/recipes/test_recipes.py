@@ -8,6 +8,7 @@ import pytest
 
 from avalanche_ext.catalog import CATALOG, find_card
 from avalanche_ext.recipes import RECIPES, find_recipe, with_settings
+from avalanche_ext.recipes.generative import GenerativeRecipe
 from avalanche_ext.recipes.selfless import ImportanceRecipe, SelflessRecipe
 from avalanche_ext.recipes.settings import to_json
 from avalanche_ext.recipes.streams import CORe50Track, SplitDigits
@@ -43,6 +44,8 @@ def test_rows_of_one_table_share_their_protocol():
                 free_here = {"auxiliary", "prune", "title"} if "auxiliary" in ours else set()
                 if isinstance(recipe, SelflessRecipe):  # units that compete are another network
                     free_here = {"lam", "anchor_lam", "backbone"}
+                elif isinstance(recipe, GenerativeRecipe):
+                    free_here = {"replay", "generator", "labels", "title"}
                 elif isinstance(recipe, ImportanceRecipe):
                     free_here = {"lam"}
                 ours = {k: v for k, v in ours.items() if k not in free_here}
