@@ -204,20 +204,21 @@ def _imagenet100() -> dict[str, Recipe]:
     return made
 
 
-# Weight and scale of the masks: examples/results/validation/expandable_der_*.json.
+# Masks and stage 2 (few exemplars make few steps): examples/results/validation/expandable_der_*.
 _DIGITS = ExpandableRecipe(
     name="", method="", benchmark=SplitDigits(), hidden=(100,), batch_size=32, epochs=20, mem=50,
-    warmup_epochs=2, milestones=(14,), classifier_epochs=10, classifier_milestones=(5,), lam=0.1,
+    warmup_epochs=2, milestones=(14,), classifier_epochs=10, classifier_milestones=(5,),
+    temperature=1.0, lam=0.1,
 )  # fmt: skip
 _MNIST = dataclasses.replace(
     _DIGITS, benchmark=SplitMNIST(), hidden=(100, 100), batch_size=64, epochs=4, mem=300,
     warmup_epochs=1, milestones=(2,), classifier_epochs=20, classifier_milestones=(10,),
-    s_max=30.0,
+    temperature=5.0, s_max=30.0,
 )  # fmt: skip
 _CIFAR20 = dataclasses.replace(
     _DIGITS, benchmark=SplitCIFAR100(n_experiences=5, class_order=_TWENTY),
     backbone="small_convnet", batch_size=64, epochs=12, mem=400, warmup_epochs=2, milestones=(7,),
-    classifier_epochs=8, classifier_milestones=(4,), s_max=30.0,
+    classifier_epochs=60, classifier_milestones=(30,), s_max=30.0,
 )  # fmt: skip
 
 
