@@ -25,7 +25,7 @@ def filled(text: str) -> str:
         kind, _, name = match["what"].partition(": ")
         maker = {
             "table": table, "sign": sign, "similarity": similarity, "speed": speed,
-            "importance": importance,
+            "importance": importance, "speed of methods": speed_of_methods,
         }[kind]  # fmt: skip
         return f"<!-- {match['what']} -->\n{maker(name)}\n<!-- end -->"
 
@@ -213,6 +213,77 @@ def speed(_: str) -> str:
             ),
         ]
     )
+
+
+def speed_of_methods(_: str) -> str:
+    """Steps and passes of the methods that are more than a loader and a loss."""
+    frozen = [r for r in _perf("pruned_extractor")["rows"] if r["batch"] == 128]
+    names = {
+        "dense": "dense", "folded": "batch norms folded",
+        "pruned_0.5_multiple_1": "half the channels, folded",
+        "pruned_0.28_multiple_1": "28 % of the channels, folded",
+    }  # fmt: skip
+    steps = {(r["extractors"], r["variant"]): r for r in _perf("expandable_step")["rows"]}
+    slni = _perf("inhibition")["rows"]
+    selfless = {(r["network"], r["method"]): r for r in _perf("selfless_step")["rows"]}
+    passes = {r["network"]: r["over_plain"] for r in _perf("importance")["rows"]}
+    networks = {"mlp": "MLP 784-100-100-10, 2,000 images", "slim_resnet18": "SlimResNet18, 100"}
+    return "\n\n".join(
+        [
+            "Forward pass of a frozen ResNet-18 of ExpandableDER, 128 images:",
+            _rows(
+                ["extractor", "parameters", "FLOPs of the dense", "times as quick"],
+                [
+                    [names[r["extractor"]], f"{r['parameters']:,}", f"{r['flops_of_dense']:.3f}",
+                     f"{r['speed_over_dense']:.2f}"]
+                    for r in frozen if r["extractor"] in names
+                ],
+            ),
+            "A training step of ExpandableDER with ResNet-32 against the number of extractors, "
+            "over a plain loop over them:",
+            _rows(
+                ["extractors", "plain loop, ms", "folded", "looking ahead", "pruned"],
+                [
+                    [str(t), f"{1e3 * steps[t, 'loop']['seconds_per_step']:.0f}",
+                     *(f"{steps[t, v]['over_loop']:.2f}" for v in ("folded", "look_ahead",
+                                                                   "pruned"))]
+                    for t in sorted({t for t, _ in steps})
+                ],
+            ),
+            "SLNI's regulariser, forward and backward, `auto` over one read and one write of the "
+            "activations, and the released form over `auto`:",
+            _rows(
+                ["N", "B", "auto / floor", "released / auto"],
+                [
+                    [f"{r['width']:,}", str(r["batch"]), f"{r['auto_over_floor']:.1f}",
+                     f"{r['released_over_auto']:.1f}" if r.get("released_over_auto") else "not run"]
+                    for r in slni
+                ],
+            ),
+            "A training step on 200 images with each of them over the step without:",
+            _rows(
+                ["method", "MLP 784-128-128-10", "ConvNet of CIFAR-100"],
+                [
+                    [find_card(k).title, *(f"{selfless[n, k]['over_naive']:.2f}"
+                                           for n in ("mlp", "conv_mlp"))]
+                    for k in dict.fromkeys(k for _, k in selfless) if k != "naive"
+                ],
+            ),
+            "Importance passes over an epoch of plain training on the same images; Avalanche's "
+            "look at the gradient of batches, which is another quantity:",
+            _rows(
+                ["pass", *networks.values()],
+                [
+                    [title, *(f"{passes[n][f'pass_{key}']:.2f}" for n in networks)]
+                    for key, title in (
+                        ("fisher_sampled", "EWC"), ("output_norm", "MAS"),
+                        ("avalanches_ewc", "Avalanche's EWC"),
+                        ("avalanches_mas", "Avalanche's MAS"),
+                    )
+                ],
+            ),
+        ]
+    )  # fmt: skip
 
 
 def _step_time(rows: list[dict[str, Any]]) -> str:

@@ -203,23 +203,23 @@ def neuron_sensitivity(
 
 
 class _Quadratic(torch.autograd.Function):
-    """``scale <H, H W>``: the product of the forward pass is the gradient of the backward pass."""
+    """``scale <H, H W>``: what the forward pass works out, the backward pass does not again."""
 
     @staticmethod
     def forward(ctx, h: Tensor, operator: Operator, scale: float) -> Tensor:
-        product = operator.apply(h)
-        ctx.save_for_backward(h, product)
+        rows, kept = operator.rows(h)  # added up in float64
+        ctx.save_for_backward(h, kept)
         ctx.operator, ctx.scale = operator, scale
-        rows = (product * h).sum(1)  # added up in float64
         return (rows.double().sum() * scale).to(h.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        h, product = ctx.saved_tensors
+        h, kept = ctx.saved_tensors
+        factor = 2 * ctx.scale * grad
         if torch.is_grad_enabled():  # for a second derivative autograd has to see the product grow
             with torch.autocast(h.device.type, enabled=False):
-                product = ctx.operator.apply(h)
-        return product * (2 * ctx.scale * grad), None, None
+                return ctx.operator.apply(h) * factor, None, None
+        return ctx.operator.gradient(h, kept, factor), None, None
 
 
 def _with_signs_of_moments(h: Tensor, operator: Operator) -> DenseInhibition:

@@ -32,22 +32,43 @@ _DENSE_MAX_WIDTH = 128
 _MAX_RANK = 96
 
 
-class DenseInhibition(NamedTuple):
-    """``W`` itself: ``O(B N^2)`` time, ``O(N^2)`` memory."""
+class _Product:
+    """The quadratic form and its gradient from ``H W``, for operators that have nothing better."""
 
+    def apply(self, h: Tensor) -> Tensor:
+        """``H W``."""
+        raise NotImplementedError
+
+    def rows(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """``<h, h W>`` of each row, and what ``gradient`` needs of the way there."""
+        product = self.apply(h)
+        return (product * h).sum(1), product
+
+    def gradient(self, h: Tensor, kept: Tensor, factor: Tensor) -> Tensor:
+        """``factor`` times ``H W``."""
+        return kept * factor
+
+
+class _Dense(NamedTuple):
     weights: Tensor
+
+
+class DenseInhibition(_Dense, _Product):
+    """``W`` itself: ``O(B N^2)`` time, ``O(N^2)`` memory."""
 
     def apply(self, h: Tensor) -> Tensor:
         """``H W``."""
         return h @ self.weights
 
 
-class FourierInhibition(NamedTuple):
-    """``W`` as a convolution between two discounts: ``O(B N log N)`` time, exact."""
-
+class _Fourier(NamedTuple):
     spectrum: Tensor
     discount: Tensor | None
     length: int  # no shorter than 2 N - 1, so that nothing wraps around
+
+
+class FourierInhibition(_Fourier, _Product):
+    """``W`` as a convolution between two discounts: ``O(B N log N)`` time, exact."""
 
     def apply(self, h: Tensor) -> Tensor:
         """``H W``."""
@@ -57,16 +78,33 @@ class FourierInhibition(NamedTuple):
         return product.contiguous() if self.discount is None else product * self.discount
 
 
-class LowRankInhibition(NamedTuple):
-    r"""``W`` as :math:`\Phi \Phi^\top` less its diagonal: ``O(B N r)`` time, ``O(N r)`` memory."""
-
+class _LowRank(NamedTuple):
     factor: Tensor
     diagonal: Tensor
+
+
+class LowRankInhibition(_LowRank, _Product):
+    r"""``W`` as :math:`\Phi \Phi^\top` less its diagonal: ``O(B N r)`` time, ``O(N r)`` memory.
+
+    The form needs :math:`H \Phi` alone, which is narrow: nothing of the size of the activations is
+    kept for the backward pass.
+    """
 
     def apply(self, h: Tensor) -> Tensor:
         """``H W``."""
         product = (h @ self.factor) @ self.factor.T
         return product.addcmul_(h, self.diagonal, value=-1)
+
+    def rows(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """See ``_Product``."""
+        narrow = h @ self.factor
+        # In float64: for a single active unit the two are the same.
+        own = h.square() @ self.diagonal
+        return narrow.double().square().sum(1) - own.double(), narrow
+
+    def gradient(self, h: Tensor, kept: Tensor, factor: Tensor) -> Tensor:
+        """See ``_Product``."""
+        return (h * (self.diagonal * -factor)).addmm_(kept * factor, self.factor.T)
 
 
 Operator = DenseInhibition | FourierInhibition | LowRankInhibition

@@ -323,11 +323,23 @@ def test_an_operator_may_be_built_once():
         inhibition_loss(h, 2.0, operator=operator)
 
 
-def test_the_graph_keeps_two_tensors_of_the_size_of_the_activations():
+@pytest.mark.parametrize(("method", "kept"), [("fft", 2000), ("low_rank", 17)])
+def test_the_graph_keeps_the_activations_and_what_the_product_leaves(method, kept):
     held = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t.shape) or t, lambda t: t):
-        inhibition_loss(relu(3, 2000, torch.float32).requires_grad_(), 300.0)
-    assert held == [(3, 2000), (3, 2000)]
+        inhibition_loss(relu(3, 2000, torch.float32).requires_grad_(), 300.0, method=method)
+    assert held[0] == (3, 2000)
+    assert len(held) == 2
+    assert held[1][1] <= kept
+
+
+@pytest.mark.parametrize("method", ["dense", "fft", "low_rank"])
+def test_a_weight_on_the_loss_scales_the_gradient(method):
+    h = relu(4, 40).requires_grad_()
+    alpha = importance(40)
+    (2.5 * inhibition_loss(h, 7.0, alpha, method=method)).backward()
+    operator = inhibition_operator(40, 7.0, alpha, method="dense", like=h)
+    torch.testing.assert_close(h.grad, 2.5 * 2 / 4 * operator.apply(h.detach()))
 
 
 # precision --------------------------------------------------------------------------------------
