@@ -1,8 +1,11 @@
-r"""How good generated samples are, in the features of a classifier of real data; nothing to fetch.
+r"""How good generated samples are, by classifiers of real and of generated data; nothing to fetch.
 
 The distance between Gaussians that are fitted to features of real and of generated samples is
 called Fréchet classifier distance here, never FID, which is the same with Inception's features. It
 compares generators under one and the same classifier only.
+
+``generator_accuracy`` is that of Memory Replay GANs' tables. It rewards a generator that makes one
+good sample of each class; ``reverse_accuracy`` does not, so report both.
 
 Reference:
     Heusel et al. (2017), GANs Trained by a Two Time-Scale Update Rule; Kynkäänniemi et al. (2019),
@@ -12,21 +15,26 @@ Reference:
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from avalanche_ext.models.generators.base import Generator
 from avalanche_ext.training.checks import check_count
 
 __all__ = [
     "GenerationReport",
+    "class_accuracy",
     "evaluate_generator",
     "frechet_distance",
     "gaussian_distance",
+    "generator_accuracy",
     "precision_and_recall",
+    "reverse_accuracy",
 ]
 
 _CHUNK = 512  # samples at once, in networks and in distances
@@ -135,8 +143,7 @@ def evaluate_generator(
     labels = _in_chunks(classifier, made).argmax(1)
     accuracy = None
     if wanted is not None:
-        hits = (labels == wanted).double()
-        accuracy = float(torch.stack([hits[wanted == c].mean() for c in wanted.unique()]).mean())
+        accuracy = _mean_over_classes(labels, wanted)
     h_real, h_made = (_in_chunks(features, x) for x in (real, made))
     precision, recall = precision_and_recall(h_real, h_made)
     return GenerationReport(
@@ -146,6 +153,101 @@ def evaluate_generator(
         accuracy=accuracy,
         label_kl=_label_kl(labels, generator.seen),
     )
+
+
+@torch.no_grad()
+def class_accuracy(classifier: Network, x: Tensor, y: Tensor) -> float:
+    """Share of right labels, mean over the classes that occur.
+
+    Args:
+        classifier: Logits of a network in evaluation mode.
+        x: Samples ``(N, ...)``.
+        y: Their labels ``(N,)``.
+
+    Raises:
+        ValueError: If there are no samples, or not one label for each.
+    """
+    if not len(x) or len(x) != len(y):
+        raise ValueError(
+            f"class_accuracy expects one label for each of one or more samples; got {len(x)} "
+            f"samples and {len(y)} labels."
+        )
+    return _mean_over_classes(_in_chunks(classifier, x).argmax(1), y)
+
+
+@torch.no_grad()
+def generator_accuracy(
+    generator: Generator, classifier: Network, *, n: int = 2000, seed: int = 0
+) -> float:
+    """Share of samples that a classifier of real data takes for the class that was asked for.
+
+    Args:
+        generator: A conditional generator.
+        classifier: Logits of a network that was trained on real data, in evaluation mode.
+        n: Samples, evenly over the classes that it has learnt (paper: 6400 each).
+        seed: Of the samples.
+
+    Raises:
+        ValueError: If samples have no labels.
+
+    References:
+        Wu et al. (2018), Memory Replay GANs: accuracy.
+    """
+    check_count("generator_accuracy", n=n)
+    x, y = generator.sample(n, generator=torch.Generator().manual_seed(seed))
+    return class_accuracy(classifier, x, _labels(y))
+
+
+def reverse_accuracy(
+    generator: Generator,
+    network: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    steps: int = 1000,
+    seed: int = 0,
+) -> float:
+    """Accuracy on real data of a classifier that has learnt from generated samples alone.
+
+    Args:
+        generator: A conditional generator.
+        network: The classifier before training; a copy is trained, with Adam (1e-3) on batches of
+            64 fresh samples.
+        x: Real test samples ``(N, ...)`` of the classes that the generator has learnt.
+        y: Their labels ``(N,)``.
+        steps: Batches.
+        seed: Of the samples.
+
+    Raises:
+        ValueError: If samples have no labels.
+
+    References:
+        Wu et al. (2018), Memory Replay GANs: reverse accuracy.
+    """
+    check_count("reverse_accuracy", steps=steps)
+    network = copy.deepcopy(network).train()
+    optimizer = torch.optim.Adam(network.parameters())
+    draws = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        made, wanted = generator.sample(64, generator=draws)
+        optimizer.zero_grad()
+        F.cross_entropy(network(made), _labels(wanted)).backward()
+        optimizer.step()
+    return class_accuracy(network.eval(), x, y)
+
+
+def _labels(y: Tensor | None) -> Tensor:
+    if y is None:
+        raise ValueError(
+            "the accuracy of samples needs the class that each was asked for; this generator has "
+            "none. Build it with n_classes."
+        )
+    return y
+
+
+def _mean_over_classes(labels: Tensor, wanted: Tensor) -> float:
+    hits = (labels == wanted).double()
+    return float(torch.stack([hits[wanted == c].mean() for c in wanted.unique()]).mean())
 
 
 def _label_kl(labels: Tensor, seen: list[int]) -> float:

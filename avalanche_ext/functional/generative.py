@@ -3,7 +3,7 @@ r"""Losses of generators, and of a solver that learns from what they make.
 Reference:
     Kingma & Welling (2014), Auto-Encoding Variational Bayes; Gulrajani et al. (2017), Improved
     Training of Wasserstein GANs; Shin et al. (2017), Continual Learning with Deep Generative
-    Replay.
+    Replay; Wu et al. (2018), Memory Replay GANs.
 
 Losses are one number per sample, so that new and replayed samples can be weighted apart.
 
@@ -25,6 +25,7 @@ __all__ = [
     "gradient_penalty",
     "new_data_weight",
     "reparametrise",
+    "replay_alignment",
     "soft_cross_entropy",
 ]
 
@@ -103,6 +104,24 @@ def gradient_penalty(
         # The root has no slope at 0, where a dead critic is.
         norm = torch.where(squared > 0, torch.where(squared > 0, squared, 1.0).sqrt(), 0.0)
         return (norm - 1).square()
+
+
+def replay_alignment(now: Tensor, before: Tensor) -> Tensor:
+    r"""How far a generator has moved: squared distance of two samples of one noise and label.
+
+    .. math:: \|G_t(z, c) - G_{t-1}(z, c)\|^2
+
+    Args:
+        now: What the generator makes.
+        before: What it made when the experience began; it gets no gradient.
+
+    Shapes:
+        now and before ``(B, ...)``, result ``(B,)``: the sum over a sample's numbers.
+
+    References:
+        Wu et al. (2018), replay alignment.
+    """
+    return (now - before.detach()).square().flatten(1).sum(1)
 
 
 def soft_cross_entropy(logits: Tensor, teacher: Tensor, temperature: float = 2.0) -> Tensor:

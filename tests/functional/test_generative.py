@@ -16,6 +16,7 @@ from avalanche_ext.functional.generative import (
     gradient_penalty,
     new_data_weight,
     reparametrise,
+    replay_alignment,
     soft_cross_entropy,
 )
 
@@ -173,3 +174,26 @@ def test_weight_of_new_data(rule, want):
     found = [new_data_weight(rule, t + 1, classes[t], seen[t]) for t in range(3)]
     assert found == pytest.approx(want)
     assert found[0] == 1.0
+
+
+# replay alignment -------------------------------------------------------------------------------
+
+
+def test_a_shift_of_every_number_is_counted_for_every_number():
+    before = torch.randn(3, 2, 5).double()
+    now = (before + 0.1).requires_grad_()
+    distance = replay_alignment(now, before)
+    torch.testing.assert_close(distance, torch.full((3,), 10 * 0.01).double())
+    distance.sum().backward()
+    torch.testing.assert_close(now.grad, torch.full((3, 2, 5), 2 * 0.1).double())
+
+
+def test_alignment_is_a_sum_over_each_samples_numbers_and_holds_the_earlier_one():
+    now, before = (torch.randn(4, 3, 2).double().requires_grad_() for _ in range(2))
+    found = replay_alignment(now, before)
+    for b in range(4):
+        pairs = zip(now[b].flatten().tolist(), before[b].flatten().tolist(), strict=True)
+        assert found[b].item() == pytest.approx(sum((p - q) ** 2 for p, q in pairs))
+    assert gradcheck(lambda u: replay_alignment(u, before), now)
+    found.sum().backward()
+    assert before.grad is None

@@ -26,6 +26,9 @@ KINDS = {
     ),
 }
 
+ALIGNED = {"r": 1.0, "alignment": 0.3}
+SETTINGS = [("vae", {}), ("wgan", {}), ("wgan", ALIGNED)]
+
 
 def build(kind="vae", n_classes=0, plugins=(), *, seed=3, **options):
     torch.manual_seed(seed)
@@ -192,6 +195,136 @@ def test_adam_begins_anew_where_it_shall(kind, reset, want):
     assert int(state["step"]) == want
 
 
+# Memory Replay GANs -----------------------------------------------------------------------------
+
+
+def mergan(plugins=(), **options):
+    return build("wgan", 6, plugins, **options)
+
+
+def test_replays_of_joint_retraining_have_the_labels_that_they_were_asked_for():
+    strategy = train(mergan(r="class_ratio"), slice(0, 1))
+    strategy.begin(class_stream().train_stream[1])
+    asked, loss = [], strategy.model.data_loss
+    sample = strategy.previous.module.sample
+
+    def watched(n, **options):
+        asked.append(sample(n, **options))
+        return asked[-1]
+
+    seen = []
+    strategy.previous.module.sample = watched
+    strategy.model.data_loss = lambda x, y, g: seen.append((x, y)) or loss(x, y, g)
+    x, y = torch.randn(8, 8), torch.tensor([2, 3] * 4)
+    strategy.step(x, y, None)
+    (old_x, old_y), (all_x, all_y) = asked[0], seen[0]
+    assert sorted(torch.bincount(old_y).tolist()) == [4, 4]  # of classes 0 and 1
+    assert torch.equal(all_x, torch.cat([x, old_x]))
+    assert torch.equal(all_y, torch.cat([y, old_y]))
+    assert strategy._weight == 0.5
+
+
+def slopes(model):
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+
+
+def test_replay_alignment_is_a_term_of_the_generators_loss_alone():
+    strategy = train(mergan(r=1.0, alignment=0.3, critic_steps=1), slice(0, 1))
+    strategy.begin(class_stream().train_stream[1])
+    twin, draws = copy.deepcopy(strategy.model), strategy._draws.clone_state()
+    x, y = torch.randn(8, 8), torch.tensor([2, 3] * 4)
+    strategy.step(x, y, None)
+    want = twin.data_loss(x, y, draws).mean()  # the critic sees new data alone
+    assert strategy.loss.item() == pytest.approx(want.item())
+    strategy.mbatch = [x, y, y]
+    draws = strategy._draws.clone_state()
+    with torch.no_grad():  # by now the generator has left its copy
+        found = strategy.sample_criterion()
+        own = strategy.model.sample_loss(8, draws, [2, 3]).mean()
+        distance = strategy.model.alignment_loss(strategy.previous.module, 8, draws).mean()
+    assert distance > 0
+    assert found.item() == pytest.approx((own + 0.3 * distance).item())
+
+
+def test_at_the_copy_alignment_changes_no_gradient():
+    found = []
+    for alignment in (0.0, 5.0):
+        strategy = train(mergan(r=1.0, alignment=alignment), slice(0, 1))
+        strategy.begin(class_stream().train_stream[1])
+        strategy.mbatch = [torch.zeros(8, 8), torch.tensor([2, 3] * 4), None]
+        strategy.model.zero_grad()
+        strategy.sample_criterion().backward()
+        found.append(slopes(strategy.model))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_without_alignment_a_weight_of_one_is_plain_fine_tuning():
+    strategy = train(mergan(r=1.0, alignment=0.0), slice(0, 2), shuffle=False)
+    twin = mergan()
+    model = twin.model
+    for t, experience in enumerate(class_stream().train_stream[:2]):
+        model.learn_classes([2 * t, 2 * t + 1])
+        draws = torch.Generator().manual_seed(_seed_of(strategy, t + 1))
+        optimizers = [
+            torch.optim.Adam(part.parameters(), 1e-2, (0.0, 0.9), fused=True)
+            for part in (model.critic, model.generator)
+        ]
+        x, y = (torch.stack(c) for c in zip(*((row[0], torch.tensor(row[1]))
+                for row in experience.dataset), strict=True))  # fmt: skip
+        for step, at in enumerate(torch.arange(40).split(8)):
+            optimizers[0].zero_grad()
+            model.data_loss(x[at], y[at], draws).mean().backward()
+            optimizers[0].step()
+            if step % 2:
+                optimizers[1].zero_grad()
+                model.sample_loss(8, draws, [2 * t, 2 * t + 1]).mean().backward()
+                optimizers[1].step()
+    assert torch.equal(weights(strategy), weights(twin))
+    aligned = train(mergan(r=1.0, alignment=0.3), slice(0, 2), shuffle=False)
+    assert not torch.equal(weights(aligned), weights(twin))
+    first = [weights(train(mergan(r=1.0, alignment=a), slice(0, 1))) for a in (0.0, 0.3)]
+    assert torch.equal(*first)  # nothing to align in the first experience
+
+
+def _seed_of(strategy, experience):
+    twin = mergan()
+    for e in class_stream().train_stream[:experience]:
+        twin.begin(e)
+        seed = twin._draws.initial_seed()
+        twin.finish()
+    return seed
+
+
+def test_the_generator_that_is_aligned_with_stays_as_it_is():
+    probe = Probe()
+    train(mergan([probe], r=1.0, alignment=0.3))
+    previous = probe.steps[5]["previous"]
+    assert all(step["previous"] is previous for step in probe.steps[5:10])
+    before = probe.steps[5]["model"].state_dict()
+    after = previous.module.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before if k != "_extra_state")
+    assert all(p.grad is None for p in previous.parameters())
+    assert [s["rows"] for s in probe.steps] == [8] * 15
+
+
+def test_both_forms_keep_old_classes_and_fine_tuning_does_not():
+    def means(model):
+        draws = torch.Generator().manual_seed(0)
+        return torch.stack([model.sample(100, [c], draws)[0].mean(0) for c in (0, 1)])
+
+    def moved(**options):
+        strategy = train(mergan(train_epochs=30, critic_steps=1, lr=5e-3, **options), slice(0, 1))
+        before = means(strategy.model)
+        train(strategy, slice(1, 2))
+        return (means(strategy.model) - before).square().mean().sqrt().item()
+
+    replayed, aligned, tuned = (
+        moved(**o) for o in ({"r": "class_ratio"}, {"r": 1.0, "alignment": 1.0}, {"r": 1.0})
+    )
+    assert replayed < 0.7 * tuned
+    assert aligned < 0.1 * tuned
+
+
 # the past ---------------------------------------------------------------------------------------
 
 
@@ -249,10 +382,10 @@ def test_evaluation_gives_one_number_and_does_not_change_the_result():
         assert Losses.found[:half] == Losses.found[half:]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_strategy_pickled_in_mid_stream_goes_on_to_the_same_weights(kind):
-    whole = train(build(kind, 6))
-    half = train(build(kind, 6), slice(0, 2))
+@pytest.mark.parametrize(("kind", "options"), SETTINGS)
+def test_a_strategy_pickled_in_mid_stream_goes_on_to_the_same_weights(kind, options):
+    whole = train(build(kind, 6, **options))
+    half = train(build(kind, 6, **options), slice(0, 2))
     stored, state = pickle.dumps(half), torch.get_rng_state()
     torch.manual_seed(99)
     resumed = pickle.loads(stored)
@@ -272,10 +405,11 @@ class Stop(SupervisedPlugin):
             raise StoppedError
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_training_that_is_interrupted_within_an_experience_ends_the_same(kind, tmp_path):
+@pytest.mark.parametrize(("kind", "options"), SETTINGS)
+def test_training_that_is_interrupted_within_an_experience_ends_the_same(kind, options, tmp_path):
     def go(folder):
-        benchmark, strategy = class_stream(), build(kind, 6, [Stop()], train_epochs=2)
+        benchmark = class_stream()
+        strategy = build(kind, 6, [Stop()], train_epochs=2, **options)
         checkpoints = Checkpoints(folder, strategy, benchmark, every=1)
         for k in range(checkpoints.resume().get("done", 0), 3):
             checkpoints.train(k, benchmark.train_stream[k])
@@ -302,6 +436,11 @@ def test_bad_arguments_are_refused():
             build(r=r)
     with pytest.raises(ValueError, match="critic_steps"):
         build(critic_steps=0)
+    with pytest.raises(ValueError, match="alignment"):
+        build("wgan", 6, alignment=-1.0)
+    for kind, n_classes in (("vae", 6), ("wgan", 0)):
+        with pytest.raises(ValueError, match=r"such as WGAN.* n_classes="):
+            build(kind, n_classes, alignment=0.1)
 
 
 def test_data_that_does_not_fit_is_refused_at_the_first_batch():

@@ -5,14 +5,15 @@ Nothing here knows about images: a sample has any shape, features ``(D,)`` inclu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Generator as Draws
 from torch import Tensor, nn
 
-__all__ = ["GenerativeModel", "Generator", "ValueRange", "normal_noise"]
+__all__ = ["GenerativeModel", "Generator", "ValueRange", "normal_noise", "to_symmetric"]
 
 ValueRange = tuple[float, float] | None
 
@@ -104,8 +105,13 @@ class GenerativeModel(nn.Module):
         """Loss of each sample of the data, ``(B,)``."""
         raise NotImplementedError(f"{type(self).__name__} defines no data_loss.")
 
-    def sample_loss(self, n: int, generator: Draws | None = None) -> Tensor:
-        """Loss of each of ``n`` generated samples, ``(n,)``, for an adversarial generator."""
+    def sample_loss(
+        self, n: int, generator: Draws | None = None, classes: Sequence[int] | None = None
+    ) -> Tensor:
+        """Loss of each of ``n`` generated samples, ``(n,)``, for an adversarial generator.
+
+        ``classes``: as in ``sample``.
+        """
         raise NotImplementedError(f"{type(self).__name__} is not adversarial.")
 
     def data_parameters(self) -> list[nn.Parameter]:
@@ -132,12 +138,16 @@ class GenerativeModel(nn.Module):
             raise ValueError(f"sample expects n >= 1; got {n}.")
         y = self.labels(n, classes, generator)
         z = self.noise(n, generator)
-        if not self.training:
+        with self.evaluating():
             return self.decode(z, y), y
-        modes = {module: module.training for module in self.modules()}
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode inside; afterwards every part has its own mode again."""
+        modes = {module: module.training for module in self.modules()} if self.training else {}
         self.eval()
         try:
-            return self.decode(z, y), y
+            yield
         finally:
             for module, training in modes.items():
                 module.training = training
@@ -217,10 +227,7 @@ class GenerativeModel(nn.Module):
 
     def to_unit(self, x: Tensor) -> Tensor:
         """Data to [0, 1]; data without bounds as it is."""
-        if self.value_range is None:
-            return x
-        low, high = self.value_range
-        return ((x - low) / (high - low)).clamp(0, 1)
+        return x if self.value_range is None else _to_unit(x, self.value_range)
 
     def from_unit(self, unit: Tensor) -> Tensor:
         """Values in [0, 1] to those of the data."""
@@ -229,9 +236,23 @@ class GenerativeModel(nn.Module):
         low, high = self.value_range
         return low + (high - low) * unit
 
+    def from_symmetric(self, x: Tensor) -> Tensor:
+        """Values in [-1, 1] to those of the data; without bounds as they are."""
+        return x if self.value_range is None else self.from_unit((x + 1) / 2)
+
     def one_hot(self, y: Tensor) -> Tensor:
         """Labels as rows of a conditional network's input."""
         return nn.functional.one_hot(y, self.n_classes).to(next(self.parameters()).dtype)
+
+
+def to_symmetric(x: Tensor, value_range: ValueRange) -> Tensor:
+    """Data to the [-1, 1] of adversarial networks; data without bounds as it is."""
+    return x if value_range is None else 2 * _to_unit(x, value_range) - 1
+
+
+def _to_unit(x: Tensor, value_range: tuple[float, float]) -> Tensor:
+    low, high = value_range
+    return ((x - low) / (high - low)).clamp(0, 1)
 
 
 def normal_noise(shape: tuple[int, ...], generator: Draws | None, like: Tensor) -> Tensor:

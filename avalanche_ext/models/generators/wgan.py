@@ -23,8 +23,8 @@ from torch import Generator as Draws
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from avalanche_ext.functional.generative import gradient_penalty
-from avalanche_ext.models.generators.base import GenerativeModel, ValueRange
+from avalanche_ext.functional.generative import gradient_penalty, replay_alignment
+from avalanche_ext.models.generators.base import GenerativeModel, ValueRange, to_symmetric
 from avalanche_ext.models.generators.networks import (
     ConvCritic,
     ConvGenerator,
@@ -92,11 +92,11 @@ class WGAN(GenerativeModel):
 
     def decode(self, z: Tensor, y: Tensor | None = None) -> Tensor:
         """See ``GenerativeModel``."""
-        return self._to_data(self.generator(z, self._checked(y)))
+        return self.from_symmetric(self.generator(z, self._checked(y)))
 
     def data_loss(self, x: Tensor, y: Tensor, generator: Draws | None = None) -> Tensor:
         """The critic's loss of each sample, against one generated sample of its class."""
-        real, labels = self._from_data(x), y if self.conditional else None
+        real, labels = to_symmetric(x, self.value_range), y if self.conditional else None
         noise = self.noise(len(x), generator)
         with torch.no_grad():
             fake = self.generator(noise, labels)
@@ -109,11 +109,40 @@ class WGAN(GenerativeModel):
             loss = loss + F.cross_entropy(logits, labels, reduction="none")
         return loss
 
-    def sample_loss(self, n: int, generator: Draws | None = None) -> Tensor:
-        """The generator's loss of each of ``n`` samples, of all classes seen."""
-        y = self.labels(n, None, generator)
+    def sample_loss(
+        self, n: int, generator: Draws | None = None, classes: Sequence[int] | None = None
+    ) -> Tensor:
+        """The generator's loss of each of ``n`` samples, by default of all classes seen."""
+        y = self.labels(n, classes, generator)
         value, logits = self.critic(self.generator(self.noise(n, generator), y))
         return -value if y is None else F.cross_entropy(logits, y, reduction="none") - value
+
+    def alignment_loss(self, before: WGAN, n: int, generator: Draws | None = None) -> Tensor:
+        """How far each of ``n`` samples is from the one that an earlier generator makes, ``(n,)``.
+
+        Labels are those that the earlier one has learnt, and values lie in the networks' [-1, 1].
+        Both are in evaluation mode: with a batch's own statistics a generator would differ from its
+        copy.
+        """
+        y, z = before.labels(n, None, generator), before.noise(n, generator)
+        with torch.no_grad(), before.evaluating():
+            target = before.generator(z, y)
+        with self.evaluating():
+            return replay_alignment(self.generator(z, y), target)
+
+    def classify(self, x: Tensor) -> Tensor:
+        """Logits ``(B, n_classes)`` of the critic's class head for data.
+
+        Raises:
+            ValueError: If the pair was built without labels.
+        """
+        logits = self.critic(to_symmetric(x, self.value_range))[1]
+        if logits is None:
+            raise ValueError(
+                "this WGAN was built without labels (n_classes=0), so its critic has no class "
+                "head; build it with n_classes."
+            )
+        return logits
 
     def data_parameters(self) -> list[nn.Parameter]:
         """The critic's."""
@@ -127,10 +156,3 @@ class WGAN(GenerativeModel):
         if self.conditional and y is None:
             raise ValueError("a conditional WGAN needs labels; got none.")
         return y if self.conditional else None
-
-    def _from_data(self, x: Tensor) -> Tensor:
-        """To the networks' [-1, 1]; data without bounds as it is."""
-        return x if self.value_range is None else 2 * self.to_unit(x) - 1
-
-    def _to_data(self, x: Tensor) -> Tensor:
-        return x if self.value_range is None else self.from_unit((x + 1) / 2)

@@ -5,8 +5,21 @@ r"""Train a generator on a stream: on each experience, and on what it made befor
 with the negative ELBO of a variational autoencoder, or the loss of an adversarial critic, whose
 generator takes a step after every ``critic_steps`` batches.
 
+With a conditional ``WGAN`` this is MeRGAN in both its forms: joint retraining with replay (JTR) is
+``r="class_ratio"``; replay alignment (RA) is ``r=1.0, alignment=0.03``, where the critic sees new
+data alone and the generator's loss has the term
+
+.. math:: \lambda\, \mathbb E_{z, c}\left[\|G_t(z, c) - G_{t-1}(z, c)\|^2\right],
+          \qquad c \sim U(\text{old classes})
+
+``r=1.0`` alone is its baseline, sequential fine-tuning. A classifier on top is
+``DGRPlugin(source, r="class_ratio", labels="source")``; after JTR, not after RA, the class head of
+the critic is one as well (``WGAN.classify``).
+
 Reference:
-    Shin, Lee, Kim, Kim (2017), Continual Learning with Deep Generative Replay, NeurIPS.
+    Shin, Lee, Kim, Kim (2017), Continual Learning with Deep Generative Replay, NeurIPS; Wu,
+    Herranz, Liu, Wang, van de Weijer, Raducanu (2018), Memory Replay GANs: Learning to Generate New
+    Categories without Forgetting, NeurIPS; released code ``WuChenshen/MeRGAN``.
 
 Faithfulness:
     1. All replay of an experience comes from the generator as it was when the experience began.
@@ -16,9 +29,17 @@ Faithfulness:
        code of later papers; that of an autoencoder goes on.
     4. One batch is one step of the critic. So ``N`` steps of the generator take
        ``N * critic_steps`` batches.
+    5. JTR: every class has the same weight. In the released code each old class adds a term of
+       weight 1, which is the same up to a factor, and the gradient penalty is that of current data.
+    6. RA: the distance is a sum over pixels in [-1, 1] and a mean over samples, as in the paper. In
+       the released code the factor depends on the number of old classes; the paper's rates are an
+       ``alignment`` of 0.03 for MNIST and 0.3 for SVHN with one old class. Both generators are in
+       evaluation mode; there batch norms use the batch.
+    7. A generator whose critic sees new data alone is asked for new classes alone.
 
-Cost: a step sees twice the samples from the second experience on, in one pass. During an experience
-a second copy of the network is held; between experiences none is.
+Cost: a step sees twice the samples from the second experience on, in one pass; with alignment a
+step of the generator passes through it twice more. During an experience a second copy of the
+network is held; between experiences none is.
 """
 
 from __future__ import annotations
@@ -36,7 +57,8 @@ from torch.optim import Adam
 from avalanche_ext.functional.generative import new_data_weight
 from avalanche_ext.models.frozen import FrozenCopy
 from avalanche_ext.models.generators.base import GenerativeModel
-from avalanche_ext.training.checks import check_count, check_experience
+from avalanche_ext.models.generators.wgan import WGAN
+from avalanche_ext.training.checks import check_count, check_experience, check_nonnegative
 from avalanche_ext.training.loading.sampling import seeded
 from avalanche_ext.training.replay_sources import Replay, check_new_data_weight, classes_of
 
@@ -58,6 +80,8 @@ class GeneratorTraining(SupervisedTemplate):
         lr: Learning rate of Adam; the model's own by default.
         r: Weight of the new data: ``"1/t"``, ``"class_ratio"`` or a number in [0, 1]; see
             ``avalanche_ext.functional.generative.new_data_weight``.
+        alignment: Weight >= 0 of replay alignment, for a conditional adversarial generator; with
+            ``r=1.0``. The new classes are learnt less the larger it is.
         critic_steps: Batches for each step of an adversarial generator.
         reset_optimizer: Whether Adam begins anew with each experience; by default for adversarial
             generators.
@@ -82,6 +106,7 @@ class GeneratorTraining(SupervisedTemplate):
         model: GenerativeModel,
         lr: float | None = None,
         r: str | float = "1/t",
+        alignment: float = 0.0,
         critic_steps: int = 5,
         reset_optimizer: bool | None = None,
         evaluator: Any = None,
@@ -95,9 +120,17 @@ class GeneratorTraining(SupervisedTemplate):
             )
         check_new_data_weight("GeneratorTraining", r)
         check_count("GeneratorTraining", critic_steps=critic_steps)
+        check_nonnegative("GeneratorTraining", alignment=alignment)
+        if alignment and not (isinstance(model, WGAN) and model.conditional):
+            raise ValueError(
+                f"GeneratorTraining(alignment={alignment}) holds what a conditional adversarial "
+                f"generator makes of each class, such as WGAN((1, 28, 28), n_classes=10); got a "
+                f"{type(model).__name__} with n_classes={model.n_classes}. Leave alignment out."
+            )
         rate, betas = model.adam
         rate = rate if lr is None else lr
         self.r = r
+        self.alignment = alignment
         self.critic_steps = critic_steps
         self.reset_optimizer = model.adversarial if reset_optimizer is None else reset_optimizer
         self.sample_optimizer: Adam | None = None
@@ -108,6 +141,7 @@ class GeneratorTraining(SupervisedTemplate):
         self.steps = 0  # of this experience
         self._opened = self._alone = False  # an experience has begun; its loop is this one's
         self._weight = 1.0
+        self._classes: list[int] = []  # of this experience
         self._classes_learnt = 0  # counted in each experience
         self._draws: Draws | None = None
         self._given: Replay | None = None  # replay for the present step
@@ -137,7 +171,7 @@ class GeneratorTraining(SupervisedTemplate):
         self.device = self.device if device is None else device
         self.model.to(self.device).train()
         self.previous = FrozenCopy(self.model) if self.experiences else None
-        classes = classes_of(experience)
+        self._classes = classes = classes_of(experience)
         self.model.learn_classes(classes)
         self.experiences += 1
         self._classes_learnt += len(classes)
@@ -262,4 +296,12 @@ class GeneratorTraining(SupervisedTemplate):
 
     def sample_criterion(self) -> Tensor:
         """What an adversarial generator descends, as many samples as the batch has."""
-        return self.model.sample_loss(len(self.mb_y), self._draws).mean()
+        n, model = len(self.mb_y), self.model
+        # A critic that sees new data alone has forgotten the other classes.
+        classes = self._classes if self.labelled and self._weight == 1 else None
+        loss = model.sample_loss(n, self._draws, classes).mean()
+        if self.alignment and self.previous is not None:
+            assert isinstance(model, WGAN)
+            before: Any = self.previous.module
+            loss = loss + self.alignment * model.alignment_loss(before, n, self._draws).mean()
+        return loss

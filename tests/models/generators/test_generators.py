@@ -349,3 +349,79 @@ def test_a_frozen_copy_stays_what_it_is():
     assert torch.equal(frozen.module.sample(3, generator=draws())[0], before)
     linear = nn.Linear(2, 3)
     assert torch.equal(FrozenCopy(linear)(torch.ones(1, 2)), linear(torch.ones(1, 2)))
+
+
+# replay alignment -------------------------------------------------------------------------------
+
+
+def moved(kind, **options):
+    """A generator that has learnt something: its batch norms hold statistics of their own."""
+    model = tiny(kind, **options)
+    for _ in range(3):
+        model.sample_loss(8, draws())
+    return model
+
+
+@pytest.mark.parametrize("name", ["conv", "mlp"])
+def test_alignment_and_its_gradient_are_exactly_zero_at_the_copy(name):
+    model = moved((name, 5))
+    before = FrozenCopy(model).module
+    model.learn_classes([3, 4])
+    statistics = copy.deepcopy(dict(model.named_buffers()))
+    loss = model.alignment_loss(before, 16, draws())
+    loss.mean().backward()
+    assert loss.shape == (16,)
+    assert torch.equal(loss, torch.zeros(16))
+    assert all(not p.grad.any() for p in model.generator.parameters())
+    assert model.training
+    assert not before.training
+    assert all(torch.equal(statistics[k], v) for k, v in model.named_buffers())
+
+
+def test_with_the_batchs_own_statistics_a_generator_differs_from_its_copy():
+    model = moved(("conv", 5))
+    before = FrozenCopy(model).module
+    y, z = before.labels(16, None, draws()), before.noise(16, draws())
+    assert (model.generator(z, y) - before.generator(z, y)).square().sum() > 1e-3
+
+
+def test_a_generator_that_is_off_by_a_constant_is_as_far_as_pixels_and_constant_say():
+    model = moved(("mlp", 5), value_range=None)
+    before = FrozenCopy(model).module
+    with torch.no_grad():
+        model.generator.layers.classifier.bias += 0.25
+    loss = model.alignment_loss(before, 6, draws())
+    torch.testing.assert_close(loss, torch.full((6,), 16 * 0.25**2))
+
+
+def test_alignment_asks_for_the_classes_of_the_earlier_generator_in_the_networks_range():
+    model = moved(("mlp", 5), value_range=(10.0, 30.0))
+    before = FrozenCopy(model).module
+    model.learn_classes([4])
+    with torch.no_grad():
+        model.generator.layers.features[0].weight[:, 3 + 4] += 100  # the column of class 4
+    assert not model.alignment_loss(before, 9, draws()).any()
+    with torch.no_grad():
+        model.generator.layers.features[0].weight[:, 3 + 1] += 1
+    generator = draws()
+    y, z = before.labels(9, None, generator), before.noise(9, generator)
+    assert sorted(torch.bincount(y).tolist()) == [3, 3, 3]
+    # A tenth of the distance in data of a range of 20.
+    want = ((model.decode(z, y) - before.decode(z, y)) / 10).square().flatten(1).sum(1)
+    torch.testing.assert_close(model.alignment_loss(before, 9, draws()), want)
+
+
+def test_samples_of_some_classes_train_on_those_alone():
+    model = tiny(("mlp", 5))
+    model.sample_loss(64, draws(), [1]).sum().backward()
+    columns = model.generator.layers.features[0].weight.grad[:, 3:]
+    assert columns[:, 1].any()
+    assert not columns[:, [0, 2, 3, 4]].any()
+
+
+def test_the_critics_class_head_classifies_data():
+    model = tiny(("conv", 5), value_range=(0.0, 4.0))
+    x = 4 * torch.rand(3, 1, 4, 4)
+    assert torch.equal(model.classify(x), model.critic(x / 2 - 1)[1])
+    with pytest.raises(ValueError, match="no class head"):
+        tiny(("conv", 0)).classify(x / 4)
