@@ -350,16 +350,16 @@ def test_split_digits_is_remembered(masks):
     torch.manual_seed(0)
     common = {"n_classes": 10, "network": "mlp"}
     strategy = DGM(
-        model=Discriminator((1, 8, 8), widths=(128, 128), **common),
-        generator=MaskedGenerator((1, 8, 8), masks=masks, widths=(64, 64), latent=16, **common),
-        restart=False, lam=1.0, train_mb_size=32, train_epochs=15, eval_mb_size=512,
+        model=Discriminator((1, 8, 8), widths=(64,), **common),
+        generator=MaskedGenerator((1, 8, 8), masks=masks, widths=(48,), latent=16, **common),
+        restart=False, lam=1.0, train_mb_size=32, train_epochs=12, eval_mb_size=512,
         evaluator=EvaluationPlugin(accuracy_metrics(stream=True), strict_checks=False),
     )  # fmt: skip
     benchmark = split_digits(5)
     train(strategy, stream=benchmark)
     result = strategy.eval(benchmark.test_stream)
     (accuracy,) = [v for k, v in result.items() if k.startswith("Top1_Acc_Stream")]
-    assert accuracy > 0.65  # a network without a memory has 0.2
+    assert accuracy > 0.6  # a network without a memory has 0.2
 
 
 # what is wrong ----------------------------------------------------------------------------------
