@@ -1,0 +1,154 @@
+r"""Densities of features, one class at a time: fit, draw, and move them with their space.
+
+A Gaussian is its mean and a factor of its covariance: rows :math:`u_j` of
+:math:`\Sigma = \sum_j u_j u_j^\top`, or, where it is diagonal, the standard deviations.
+
+Notation: ``N`` samples, ``D`` features, ``K`` rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Generator, Tensor
+
+__all__ = [
+    "diagonal_gaussian",
+    "draw_gaussian",
+    "drift_of",
+    "k_means",
+    "low_rank_gaussian",
+    "map_gaussian",
+]
+
+
+def low_rank_gaussian(u: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor]:
+    r"""Mean, and the ``rank`` strongest directions of the covariance.
+
+    With ``rank=None`` the covariance is that of the samples (divided by ``N - 1``), exactly; no
+    covariance of ``N`` samples needs more than ``N - 1`` rows, and there are no more.
+
+    Args:
+        u: Samples of one class.
+        rank: Most rows.
+
+    Shapes:
+        u ``(N, D)``, results ``(D,)`` and ``(K, D)``.
+    """
+    mean, centred = _centred(u)
+    n, width = centred.shape
+    kept = min(n - 1, width, width if rank is None else rank)
+    if width <= n:
+        values, vectors = torch.linalg.eigh(centred.T @ centred / max(n - 1, 1))
+        rows = vectors.T
+    else:  # the samples' products are the smaller matrix
+        values, vectors = torch.linalg.eigh(centred @ centred.T / max(n - 1, 1))
+        lengths = (values.clamp_min(0) * max(n - 1, 1)).sqrt()[:, None]
+        rows = (vectors.T @ centred) / torch.where(lengths > 0, lengths, 1.0)
+    factor = values.clamp_min(0).sqrt()[:, None] * rows
+    return mean.to(u.dtype), factor.flip(0)[:kept].to(u.dtype)  # eigh's values ascend
+
+
+def diagonal_gaussian(u: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviations (with ``N - 1``); those of a single sample are 0.
+
+    Shapes:
+        u ``(N, D)``, results ``(D,)``.
+    """
+    mean, centred = _centred(u)
+    variance = centred.square().sum(0) / max(len(u) - 1, 1)
+    return mean.to(u.dtype), variance.sqrt().to(u.dtype)
+
+
+def draw_gaussian(mean: Tensor, factor: Tensor, noise: Tensor) -> Tensor:
+    r"""Draws from standard noise: :math:`\mu + \sum_j z_j u_j`.
+
+    Shapes:
+        mean ``(D,)``, factor ``(K, D)`` or ``(D,)``, noise ``(B, K)`` or ``(B, D)``, result
+        ``(B, D)``.
+    """
+    if factor.ndim == 1:
+        return torch.addcmul(mean, noise, factor)
+    return torch.addmm(mean, noise, factor)
+
+
+def map_gaussian(
+    mean: Tensor, factor: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    r"""The Gaussian of :math:`W u + b`: mean :math:`W \mu + b`, covariance :math:`W\Sigma W^\top`.
+
+    Of a diagonal one the diagonal of its covariance.
+
+    Shapes:
+        mean ``(D,)``, factor ``(K, D)`` or ``(D,)``, weight ``(D, D)``, bias ``(D,)``.
+    """
+    diagonal = factor.ndim == 1
+    moved = (weight.square() @ factor.square()).sqrt() if diagonal else factor @ weight.T
+    return weight @ mean + bias, moved
+
+
+def drift_of(mean: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    r"""How far a mean has moved, from samples that were close to it.
+
+    .. math:: \frac{\sum_i w_i (v_i - u_i)}{\sum_i w_i}, \qquad
+              w_i = e^{-\| u_i - \mu \|^2 / 2 \sigma^2}
+
+    The width :math:`\sigma^2` is the mean squared distance of the samples.
+
+    Args:
+        mean: Of an old class, in the space before.
+        before: Samples in the space before.
+        after: The same samples after it.
+
+    Shapes:
+        mean ``(D,)``, before and after ``(N, D)``, result ``(D,)``.
+
+    References:
+        L. Yu et al. (2020), Semantic Drift Compensation for Class-Incremental Learning, CVPR. There
+        the width is a constant to choose.
+    """
+    distance = (before - mean).square().sum(1)
+    width = distance.mean().clamp_min(torch.finfo(distance.dtype).tiny)
+    return torch.softmax(-distance / (2 * width), 0) @ (after - before)
+
+
+def k_means(u: Tensor, k: int, generator: Generator | None = None, steps: int = 50) -> Tensor:
+    """Which of at most ``k`` clusters each sample is in: Lloyd's steps from k-means++'s start.
+
+    Clusters that have lost their samples are left out.
+
+    Args:
+        u: Samples.
+        k: Clusters.
+        generator: Random numbers, on the CPU.
+        steps: Most steps.
+
+    Shapes:
+        u ``(N, D)``, result ``(N,)``.
+    """
+    nearest = torch.full((len(u),), torch.inf, dtype=torch.float64)
+    weights = torch.ones(len(u), dtype=torch.float64)
+    centres: list[Tensor] = []
+    while len(centres) < k and bool(weights.sum() > 0):
+        chosen = u[int(torch.multinomial(weights, 1, generator=generator))]
+        centres.append(chosen)
+        distance = (u - chosen).square().sum(1).double().cpu()
+        nearest = weights = torch.minimum(nearest, distance)
+    table = torch.stack(centres)
+    cluster = torch.cdist(u, table).argmin(1)
+    for _ in range(steps):
+        for c in cluster.unique():
+            table[c] = u[cluster == c].mean(0)
+        moved = torch.cdist(u, table).argmin(1)
+        if torch.equal(moved, cluster):
+            break
+        cluster = moved
+    return cluster.unique(return_inverse=True)[1]
+
+
+def _centred(u: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviations in float64."""
+    if u.ndim != 2 or not len(u):
+        raise ValueError(f"a density needs samples (N, D); got shape {tuple(u.shape)}.")
+    wide = u.double()
+    mean = wide.mean(0)
+    return mean, wide - mean
