@@ -1,0 +1,316 @@
+"""What rehearsal in feature space shares: the cut, the frozen encoder, and the mixed loss.
+
+The network is cut at a layer. A memory gives features of earlier classes to the head behind it,
+beside the new samples; it learns when an experience has ended, by one pass in evaluation mode.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from avalanche.models import MultiTaskModule
+from avalanche.models.utils import avalanche_forward
+from avalanche.training.plugins import SupervisedPlugin
+from avalanche.training.templates.problem_type.supervised_problem import SupervisedProblem
+from avalanche.training.utils import _at_task_boundary
+from torch import Tensor, nn
+
+from avalanche_ext.functional.generative import new_data_weight
+from avalanche_ext.models.network_split import NetworkSplit
+from avalanche_ext.training.checks import check_experience
+from avalanche_ext.training.importances import evaluating
+from avalanche_ext.training.loading.flat_data import attribute_values
+from avalanche_ext.training.loading.sampling import seeded
+from avalanche_ext.training.loading.sources import source_for
+from avalanche_ext.training.publishing import publish
+from avalanche_ext.training.replay_sources import classes_of, whole_experience
+from avalanche_ext.training.representation_penalty import bare
+from avalanche_ext.training.wrapping import unwrap, wrap
+
+__all__ = ["LatentMemory", "LatentRehearsal", "dataset_features"]
+
+_POOL = 2**21  # numbers that are drawn at once, for several steps
+_MOST_AHEAD = 8  # steps
+
+
+class LatentMemory(Protocol):
+    """Features of what has been learnt."""
+
+    @property
+    def classes(self) -> list[int]:
+        """Classes that can be drawn."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held between experiences."""
+        ...
+
+    def write(self, u: Tensor, y: Tensor, generator: torch.Generator | None = None) -> None:
+        """Learn features ``(N, D)`` of classes ``(N,)``."""
+        ...
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """``n`` features and their classes, which take turns."""
+        ...
+
+
+class LatentRehearsal(SupervisedPlugin):
+    """Base of the plugins that rehearse features.
+
+    Args:
+        layer: Name of the layer that ends the encoder.
+        memory: Where features come from.
+        encoder: ``"freeze_after_first"``: it learns in the first experience alone; ``"frozen"``: it
+            never does; anything else: always.
+        r: Weight of the new data, see ``new_data_weight``, or ``"share"``: every sample of a step
+            counts the same, new or old. With 1 nothing is done, bit for bit.
+
+    Attributes:
+        seen: Classes of earlier experiences.
+    """
+
+    label = ""
+
+    def __init__(self, layer: str, memory: Any, encoder: str, r: str | float) -> None:
+        super().__init__()
+        if not isinstance(layer, str):
+            raise TypeError(
+                f"{type(self).__name__} expects the name of one layer, such as 'features.1'; got "
+                f"{layer!r}. Names are those of model.named_modules()."
+            )
+        self.layer = layer
+        self.memory: LatentMemory = memory
+        self.encoder = encoder
+        self.r = r
+        self.seen: list[int] = []
+        self.experiences = 0
+        self._classes: list[int] = []  # of this experience
+        self._learning: Any = None  # this experience, until the memory has learnt it
+        self._classes_learnt = 0  # counted in each experience
+        self._weight = 1.0
+        self._task: int | None = None
+        self._split: NetworkSplit | None = None
+        self._encoder: list[nn.Module] = []  # modules in front of the cut
+        self._shape: torch.Size | None = None  # of one sample's features
+        self._draws: torch.Generator | None = None
+        self._pool: tuple[Tensor, Tensor] | None = None
+        self._at = 0
+        self._replay: tuple[Tensor, Tensor] | None = None  # of this step
+        self._sum: Tensor | None = None
+        self._steps = 0
+
+    @property
+    def bytes_remembered(self) -> int:
+        """Bytes of the memory between experiences."""
+        return self.memory.nbytes
+
+    @property
+    def encoder_is_frozen(self) -> bool:
+        """Whether the encoder stays as it is in this experience."""
+        after_first = self.encoder == "freeze_after_first" and self.experiences > 1
+        return self.encoder == "frozen" or after_first
+
+    # for subclasses -------------------------------------------------------------------------
+
+    def begin(self, strategy: Any) -> None:
+        """An experience has begun, and the network been cut."""
+
+    def learn(self, strategy: Any, u: Tensor, y: Tensor, generator: torch.Generator) -> None:
+        """An experience has ended.
+
+        Args:
+            strategy: The strategy.
+            u: Features of all the experience's samples, ``(N, D)``.
+            y: Their labels, ``(N,)``.
+            generator: Random numbers.
+        """
+        self.memory.write(u, y, generator)
+
+    # an experience --------------------------------------------------------------------------
+
+    def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
+        """Refuse what cannot be rehearsed, before anything changes."""
+        check_experience(strategy)
+        if self.r != 1 and _at_task_boundary(strategy.experience, before=True):
+            self._check_tasks(strategy)
+            self._close(strategy)  # an online stream does not always say which part is the last
+
+    def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        """Weigh the new data against what came before."""
+        if self.r == 1:
+            return
+        self._split = None  # adaptation may have replaced modules
+        if _at_task_boundary(strategy.experience, before=True):
+            self._open(whole_experience(strategy.experience))
+        if self._weight < 1:
+            wrap(strategy, "criterion", self._criterion)
+
+    def before_forward(self, strategy: Any, **kwargs: Any) -> None:
+        """Cut the network when the first batch tells the layers' order."""
+        if self.r != 1 and self._split is None:
+            self._cut(strategy)
+
+    def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        """Let the memory learn the experience."""
+        if self.r == 1:
+            return
+        unwrap(strategy, "criterion", self._criterion)
+        if _at_task_boundary(strategy.experience, before=False):
+            self._close(strategy)
+        self._split = self._replay = None
+        self._encoder = []
+
+    def _open(self, experience: Any) -> None:
+        self._learning = experience
+        self._classes = classes_of(experience)
+        self.experiences += 1
+        self._classes_learnt += len(self._classes)
+        rule = 0.5 if self.r == "share" else self.r  # of one step, where its samples are counted
+        self._weight = new_data_weight(
+            rule, self.experiences, len(self._classes), self._classes_learnt
+        )
+        self._draws = seeded(torch.initial_seed(), *self.label.encode(), self.experiences)
+        self._pool, self._at, self._sum, self._steps = None, 0, None, 0
+
+    def _cut(self, strategy: Any) -> None:
+        model, x = bare(strategy.model), strategy.mb_x[:2]
+        self._split = NetworkSplit(model, self.layer)
+        with evaluating(model):
+            self._split.check(x)
+            parameters, self._encoder = self._split.encoder_parts(x)
+            with torch.no_grad():
+                shape = self._split.features(x).shape[1:]
+        if self._shape not in (None, shape) and self.memory.classes:
+            raise ValueError(
+                f"{type(self).__name__}: layer {self.layer!r} gave features of shape "
+                f"{tuple(self._shape or ())} before, and now {tuple(shape)}. Keep the network and "
+                f"the size of its inputs."
+            )
+        self._shape = shape
+        if self.encoder_is_frozen:
+            for parameter in parameters.values():
+                parameter.requires_grad_(False)
+                parameter.grad = None
+            for module in self._encoder:
+                module.training = False
+        self.begin(strategy)
+
+    def _close(self, strategy: Any) -> None:
+        if self._learning is None:
+            return
+        split = NetworkSplit(bare(strategy.model), self.layer)
+        u, y = dataset_features(strategy, split, self._learning.dataset)
+        assert self._draws is not None
+        self.learn(strategy, u, y, self._draws)
+        if self._sum is not None:
+            publish(self, strategy, f"{self.label}_Loss", float(self._sum) / self._steps)
+        publish(self, strategy, f"{self.label}_Bytes", float(self.memory.nbytes))
+        self.seen = sorted({*self.seen, *self._classes})
+        self._draws = self._pool = self._sum = self._learning = None
+
+    # one step -------------------------------------------------------------------------------
+
+    def _criterion(self, strategy: Any, inner: Any) -> Tensor:
+        """What stands around the strategy's criterion: the weighted sum of both losses."""
+        loss = inner()
+        if not strategy.is_training:
+            return loss
+        n = self.rows(strategy)
+        self._replay = u, y = self._drawn(n)
+        replay = strategy._criterion(self._head(strategy, u, y), y)
+        value = replay.detach()
+        self._sum = value if self._sum is None else self._sum + value
+        self._steps += 1
+        new = len(strategy.mb_y)
+        weight = new / (new + n) if self.r == "share" else self._weight
+        return weight * loss + (1 - weight) * replay
+
+    def rows(self, strategy: Any) -> int:
+        """Features per step: as many as new samples."""
+        return len(strategy.mb_y)
+
+    @torch.no_grad()
+    def _drawn(self, n: int) -> tuple[Tensor, Tensor]:
+        if self._pool is None or self._at + n > len(self._pool[0]):
+            assert self._shape is not None
+            ahead = max(1, min(_MOST_AHEAD, _POOL // (n * self._shape.numel())))
+            self._pool, self._at = self.memory.sample(n * ahead, self._draws), 0
+        rows = slice(self._at, self._at + n)
+        self._at += n
+        return self._pool[0][rows], self._pool[1][rows]
+
+    def _head(self, strategy: Any, u: Tensor, y: Tensor) -> Tensor:
+        """The head's output for features ``(n, D)``."""
+        assert self._split is not None
+        assert self._shape is not None
+        u = u.unflatten(1, self._shape) if len(self._shape) > 1 else u
+        x = torch.zeros_like(strategy.mb_x[:1])
+        with self._still(), self._split.replaced(u):
+            if type(strategy).forward is not SupervisedProblem.forward:
+                # A strategy's own forward may count batches: these are none of its loader's.
+                return avalanche_forward(strategy.model, x, y)
+            current, strategy.mbatch = strategy.mbatch, [x, y, torch.zeros_like(y)]
+            try:
+                return strategy.forward()  # with mixed precision, if a plugin is around it
+            finally:
+                strategy.mbatch = current
+
+    # parts ----------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _still(self) -> Iterator[None]:
+        """Inside, no statistic in front of the cut follows the single sample that passes there."""
+        moving = [module for module in self._encoder if module.training]
+        for module in moving:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in moving:
+                module.training = True
+
+    def _check_tasks(self, strategy: Any) -> None:
+        owner, experience = type(self).__name__, strategy.experience
+        tasks = sorted({int(t) for t in getattr(experience, "task_labels", ())}) or [0]
+        known = tasks[:1] if self._task is None else [self._task]
+        if tasks != known or isinstance(bare(strategy.model), MultiTaskModule):
+            raise ValueError(
+                f"{owner} rehearses features that have no task label; the stream has the task "
+                f"labels {sorted({*tasks, *known})}, the model is a "
+                f"{type(bare(strategy.model)).__name__}. Use a class- or domain-incremental "
+                f"stream, with one task label throughout, and a model with one head."
+            )
+        if isinstance(strategy.model, nn.DataParallel):
+            raise ValueError(
+                f"{owner} gives features to the head of one network; torch.nn.DataParallel has "
+                f"several. Use one device."
+            )
+        self._task = tasks[0]
+
+
+@torch.no_grad()
+def dataset_features(
+    strategy: Any, split: NetworkSplit, dataset: Any, *, task: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Features of a whole data set, flat, and its labels.
+
+    In evaluation mode and with the transforms of evaluation, without a draw from the global random
+    state.
+
+    Shapes:
+        ``(N, D)`` and ``(N,)``, on the strategy's device.
+    """
+    dataset = dataset.eval()
+    source, labels = source_for(strategy, dataset), attribute_values(dataset, "targets")
+    assert labels is not None
+    size = max(strategy.eval_mb_size or 1, 64)
+    with evaluating(split.model), torch.random.fork_rng(devices=[]):
+        parts = [
+            split.features(source.gather(rows)[0].to(strategy.device), task).flatten(1)
+            for rows in torch.arange(len(labels)).split(size)
+        ]
+    return torch.cat(parts), labels.to(strategy.device)

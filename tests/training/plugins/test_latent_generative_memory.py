@@ -1,0 +1,603 @@
+"""Latent generative memory inside Avalanche's own loop, against losses computed by hand."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+
+import pytest
+import torch
+from avalanche.benchmarks import split_online_stream
+from avalanche.evaluation.metrics import accuracy_metrics
+from avalanche.models import IncrementalClassifier, as_multitask
+from avalanche.training.plugins import (
+    EvaluationPlugin,
+    EWCPlugin,
+    LwFPlugin,
+    ReplayPlugin,
+    SupervisedPlugin,
+)
+from torch import nn
+from torch.nn import functional as F
+
+from avalanche_ext import BERPlugin, DRLPlugin
+from avalanche_ext.benchmarks.digits import split_digits
+from avalanche_ext.evaluation.accounting import bytes_remembered
+from avalanche_ext.models.backbones import SmallConvNet
+from avalanche_ext.models.feature_memory import GaussianMemory
+from avalanche_ext.models.generators.vae import VAE
+from avalanche_ext.models.generators.wgan import WGAN
+from avalanche_ext.models.mlp import MLP
+from avalanche_ext.models.network_split import NetworkSplit
+from avalanche_ext.training.plugins.latent_generative_memory import LatentGenerativeMemoryPlugin
+from avalanche_ext.training.plugins.latent_replay import LatentReplayPlugin
+from avalanche_ext.training.plugins.precision import PrecisionPlugin
+from avalanche_ext.training.supervised.generator_training import GeneratorTraining
+from tests.conftest import class_stream, naive
+from tests.experiments import checkpoint_cases
+
+pytestmark = pytest.mark.filterwarnings("ignore:No loggers", "ignore:the generator has collapsed")
+
+LGM = functools.partial(LatentGenerativeMemoryPlugin, "features.1")
+
+
+def generator(kind=VAE, n_classes=6, **options):
+    torch.manual_seed(7)
+    sizes = {"hidden": (8,)} if kind is VAE else {"network": "mlp", "widths": (8,)}
+    model = kind((16,), latent=4, n_classes=n_classes, value_range=None, **sizes)
+    return GeneratorTraining(model=model, critic_steps=2, **options)
+
+
+CASES = {
+    "gaussian": lambda: LGM(),
+    "diagonal": lambda: LGM(memory="diagonal", encoder="frozen", r="1/t"),
+    "mixture": lambda: LGM(memory=GaussianMemory("full", components=2), r=0.3),
+    "distill": lambda: LGM(encoder="distill", lam=0.5),
+    "sdc": lambda: LGM(encoder="finetune", drift="sdc"),
+    "vae": lambda: LGM(memory=generator()),
+    "wgan": lambda: LGM(memory=generator(WGAN), encoder="frozen"),
+    "built": lambda: LGM(memory="vae", encoder="distill"),
+    "stored": lambda: LatentReplayPlugin("features.1", mem=20),
+}
+
+
+class Net(nn.Module):
+    """A head that grows, and batch norm on both sides of the cut."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2))
+        self.top = nn.Sequential(nn.Linear(16, 12), nn.BatchNorm1d(12), nn.ReLU())
+        self.classifier = IncrementalClassifier(12, 2)
+
+    def forward(self, x):
+        return self.classifier(self.top(self.body(x)))
+
+
+def run(plugins, *, model=None, n=3, seed=1, stream=None, **options):
+    torch.manual_seed(seed)
+    strategy = naive(model or MLP(8, (16, 12), 6), plugins, **options)
+    for experience in (stream or class_stream().train_stream)[:n]:
+        strategy.train(experience, eval_streams=[])
+    return strategy
+
+
+def weights(strategy):
+    return torch.cat([p.detach().flatten() for p in strategy.model.parameters()])
+
+
+class Probe(SupervisedPlugin):
+    """What every step has drawn, scored and added up."""
+
+    def __init__(self, plugin):
+        super().__init__()
+        self.plugin, self.steps = plugin, []
+
+    def before_forward(self, strategy, **kwargs):
+        self.steps.append({"x": strategy.mb_x, "y": strategy.mb_y,
+                           "model": copy.deepcopy(strategy.model)})  # fmt: skip
+
+    def after_backward(self, strategy, **kwargs):
+        self.steps[-1] |= {
+            "loss": strategy.loss.item(), "rows": len(strategy.mb_output),
+            "same": strategy.mb_x is self.steps[-1]["x"], "replay": self.plugin._replay,
+            "teacher": getattr(self.plugin, "_teacher", None),
+            "grads": {n: p.grad for n, p in strategy.model.named_parameters()},
+        }  # fmt: skip
+
+
+def probed(make, **options):
+    plugin = make()
+    probe = Probe(plugin)
+    strategy = run([plugin, probe], **options)
+    return strategy, plugin, probe.steps
+
+
+# the loss ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_loss_is_the_weighted_sum_of_new_and_drawn(case):
+    _, _, steps = probed(CASES[case])
+    weight = {"mixture": 0.3, "stored": 0.5}.get(case, 1 / 3)
+    first, last = steps[1], steps[13]
+    assert first["replay"] is None
+    want = F.cross_entropy(first["model"](first["x"]), first["y"])
+    assert first["loss"] == pytest.approx(want.item(), rel=1e-6)
+    u, y = last["replay"]
+    assert not u.requires_grad
+    assert u.shape == (8, 16)
+    assert (u >= 0).all()
+    net = last["model"]
+    new = F.cross_entropy(net(last["x"]), last["y"])
+    old = F.cross_entropy(net.classifier(net.features[2:](u)), y)
+    want = weight * new + (1 - weight) * old
+    if case in ("distill", "built"):
+        lam = {"distill": 0.5, "built": 1.0}[case]
+        moved = net.features[:2](last["x"]) - last["teacher"].module.features[:2](last["x"])
+        assert moved.abs().max() > 1e-4
+        want = want + lam * moved.square().sum(1).mean()
+    assert last["loss"] == pytest.approx(want.item(), rel=1e-5)
+    assert last["same"]  # the batch and its output are new data alone
+    assert last["rows"] == 8
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_with_all_weight_on_new_data_it_is_naive_bit_for_bit(case):
+    plugin = CASES[case]()
+    plugin.r = 1
+    assert torch.equal(weights(run([plugin])), weights(run([])))
+    assert plugin.bytes_remembered == 0 or case in ("vae", "wgan")
+    assert not torch.equal(weights(run([CASES[case]()])), weights(run([])))
+
+
+@pytest.mark.parametrize("case", set(CASES) - {"diagonal", "wgan"})  # which freeze from the start
+@pytest.mark.parametrize("model", [None, Net])
+def test_the_first_experience_is_naive_bit_for_bit(case, model):
+    plugin = CASES[case]()
+    if model is not None:
+        plugin.layer = "body.2"
+    calls = []
+    plugin.memory.sample = lambda n, generator: calls.append(n)
+    torch.manual_seed(1)
+    pair = [model() if model else MLP(8, (16, 12), 6) for _ in range(2)]
+    pair[1].load_state_dict(pair[0].state_dict())
+    found = run([plugin], n=1, model=pair[0])
+    plain = run([], n=1, model=pair[1])
+    state = zip(found.model.state_dict().values(), plain.model.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in state)
+    assert calls == []
+
+
+class Penalty(SupervisedPlugin):
+    """Another plugin's term, and what the whole loss was."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.losses = size, []
+
+    def before_backward(self, strategy, **kwargs):
+        strategy.loss = strategy.loss + self.size
+
+    def after_backward(self, strategy, **kwargs):
+        self.losses.append(strategy.loss.item())
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_the_terms_of_other_plugins_are_not_scaled(place):
+    losses = []
+    for size in (0.0, 100.0):
+        penalty, plugins = Penalty(size), [CASES["distill"]()]
+        plugins.insert(place, penalty)
+        run(plugins)
+        losses.append(torch.tensor(penalty.losses))
+    torch.testing.assert_close(losses[1] - losses[0], torch.full((15,), 100.0), rtol=0, atol=1e-4)
+
+
+def test_labels_take_turns_over_old_classes_whatever_the_batch():
+    _, _, steps = probed(CASES["gaussian"], batch=7)
+    for k, step in enumerate(steps):
+        old = 2 * (k // 6)  # six steps an experience, the last of 5 samples
+        if old:
+            counts = step["replay"][1].bincount(minlength=old)
+            assert len(counts) == old
+            assert counts.sum() == len(step["x"]) == (7 if k % 6 < 5 else 5)
+            assert counts.max() - counts.min() <= 1
+
+
+# what is written --------------------------------------------------------------------------------
+
+
+def test_densities_are_those_of_the_encoders_features():
+    plugin = LGM(memory="full")
+    strategy = run([plugin])
+    for experience in class_stream().train_stream:
+        rows = [(x, y) for x, y, _ in experience.dataset]
+        x, y = torch.stack([x for x, _ in rows]), torch.tensor([y for _, y in rows])
+        u = strategy.model.features[:2](x).detach()
+        for label in y.unique().tolist():
+            mine, gaussian = u[y == label].double(), plugin.memory._gaussians[label][0]
+            torch.testing.assert_close(gaussian.mean.double(), mine.mean(0), atol=1e-5, rtol=0)
+            cov = gaussian.factor.double()
+            torch.testing.assert_close(cov.T @ cov, mine.T.cov(), atol=1e-4, rtol=1e-4)
+    assert plugin.seen == [0, 1, 2, 3, 4, 5]
+
+
+def test_bytes_are_those_of_the_memory():
+    strategy = run([LGM(memory=GaussianMemory(3))])
+    assert bytes_remembered(strategy) == 6 * 4 * 16 * 4
+    assert bytes_remembered(run([CASES["stored"]()])) == 20 * (16 * 4 + 8)
+    vae = run([CASES["vae"]()]).plugins[0]
+    assert vae.bytes_remembered == 4 * sum(
+        p.numel() for p in vae.memory.training.model.parameters()
+    )
+
+
+def test_the_memory_moves_with_the_encoder_and_the_teacher_goes():
+    plugin = LGM(memory="full", encoder="finetune", drift="linear")
+    strategy = run([plugin], n=1)
+    x = torch.stack([x for x, *_ in class_stream().train_stream[1].dataset])
+    split = NetworkSplit(strategy.model, "features.1")
+    before, mean = split.features(x).detach(), plugin.memory._gaussians[0][0].mean.clone()
+    strategy.train(class_stream().train_stream[1], eval_streams=[])
+    after = split.features(x).detach()
+    twin = GaussianMemory()
+    twin.write(torch.stack([mean, mean + 1]), torch.zeros(2, dtype=torch.int64))
+    twin._gaussians[0][0].mean = mean
+    twin.follow(before, after, "linear")
+    torch.testing.assert_close(
+        plugin.memory._gaussians[0][0].mean, twin._gaussians[0][0].mean, atol=1e-5, rtol=1e-4
+    )
+    assert not torch.allclose(mean, plugin.memory._gaussians[0][0].mean, atol=1e-2)
+    assert plugin._teacher is None
+
+
+# the encoder ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("encoder", "moves"),
+    [("frozen", (False, False)), ("freeze_after_first", (True, False)),
+     ("distill", (True, True)), ("finetune", (True, True))],
+)  # fmt: skip
+def test_what_the_encoder_may_do(encoder, moves):
+    plugin = LatentGenerativeMemoryPlugin("body.3", encoder=encoder)
+    torch.manual_seed(0)
+    model, stream, x = Net(), class_stream().train_stream, torch.randn(5, 8)
+    strategy = naive(model, [plugin])
+    strategy.optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-2)
+    for k in range(3):
+        state = copy.deepcopy(model.body.state_dict())
+        top = copy.deepcopy(model.top.state_dict())
+        before = model.eval().body(x)
+        densities = pickle.dumps(plugin.memory._gaussians.get(0))
+        strategy.train(stream[k], eval_streams=[])
+        same = all(torch.equal(a, b) for a, b in
+                   zip(state.values(), model.body.state_dict().values(), strict=True))  # fmt: skip
+        may = moves[min(k, 1)]
+        assert same == (not may)  # batch norm's statistics too
+        assert torch.equal(model.eval().body(x), before) == (not may)
+        assert any(not torch.equal(a, b) for a, b in
+                   zip(top.values(), model.top.state_dict().values(), strict=True))  # fmt: skip
+        if k and encoder != "distill":
+            assert pickle.dumps(plugin.memory._gaussians[0]) == densities
+
+
+def test_drawn_features_teach_the_head_alone():
+    class Alone(SupervisedPlugin):
+        def before_backward(self, strategy, **kwargs):
+            if strategy.clock.train_exp_counter:
+                strategy.loss = strategy.loss - strategy.plugins[0]._weight * F.cross_entropy(
+                    strategy.mb_output, strategy.mb_y
+                )
+
+    _, _, steps = probed(lambda: LGM(encoder="finetune"), n=1)
+    plugin = LGM(encoder="finetune")
+    probe = Probe(plugin)
+    run([plugin, Alone(), probe], n=2)
+    steps = probe.steps[6]["grads"]
+    assert steps["features.0.weight"].abs().max() < 1e-6
+    assert steps["features.2.weight"].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("encoder", ["freeze_after_first", "finetune"])
+def test_statistics_of_the_encoder_follow_new_data_alone(encoder):
+    """The single sample of zeros in front of the cut leaves no trace."""
+    found = []
+    for watched in (True, False):
+        torch.manual_seed(0)
+        model = Net()
+        plugin = LatentGenerativeMemoryPlugin("body.1", encoder=encoder, r=0.999999999)
+        strategy = naive(model, [plugin] if watched else [])
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        model.classifier.requires_grad_(True)
+        for experience in class_stream().train_stream[:2]:
+            strategy.train(experience, eval_streams=[])
+            if encoder == "freeze_after_first":
+                break
+        found.append(model.body[1].running_mean.clone())
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(("layer", "shape"), [("features.2", (4, 8, 8)), ("features.7", (6,))])
+def test_maps_are_flattened_for_the_memory_alone(layer, shape):
+    train = class_stream(width=3 * 8 * 8).train_stream
+
+    class Images(SmallConvNet):
+        def forward(self, x):
+            return super().forward(x.unflatten(1, (3, 8, 8)))
+
+    plugin = LatentGenerativeMemoryPlugin(layer, memory="diagonal")
+    run([plugin], model=Images(6, 3, (4, 6)), stream=train)
+    width = torch.Size(shape).numel()
+    assert plugin.memory.sample(3)[0].shape == (3, width)
+    assert plugin._shape == torch.Size(shape)
+    assert plugin.bytes_remembered == 6 * 2 * width * 4
+
+
+# what it is worth -------------------------------------------------------------------------------
+
+
+def accuracy(make, *, seed=0, epochs=6):
+    benchmark = split_digits()
+    torch.manual_seed(seed)
+    model = MLP(64, (64, 32), 10)
+    strategy = naive(model, [make()], batch=16, epochs=epochs)
+    strategy.optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+    for experience in benchmark.train_stream:
+        strategy.train(experience, eval_streams=[])
+    hits = []
+    for experience in benchmark.test_stream:
+        x, y, _ = map(torch.as_tensor, zip(*[(x.flatten().tolist(), y, t)
+                      for x, y, t in experience.dataset], strict=True))  # fmt: skip
+        hits.append(model(x).argmax(1) == y)
+    return torch.cat(hits).float().mean().item()
+
+
+def test_what_it_is_worth_on_real_digits():
+    frozen = accuracy(lambda: LGM(encoder="frozen"))
+    first = accuracy(CASES["gaussian"])
+    finetune = accuracy(lambda: LGM(encoder="finetune"))
+    assert frozen > 0.75
+    assert first > 0.6
+    assert finetune < 0.3
+
+
+def test_a_memory_that_follows_is_worth_more_than_one_that_does_not():
+    still, linear = (
+        accuracy(lambda d=d: LGM(encoder="distill", lam=0.1, drift=d)) for d in ("none", "linear")
+    )
+    assert linear > still + 0.1
+
+
+# Avalanche --------------------------------------------------------------------------------------
+
+
+STOCK = {
+    "lwf": lambda: LwFPlugin(alpha=0.5, temperature=2),
+    "ewc": lambda: EWCPlugin(0.1),
+    "replay": lambda: ReplayPlugin(mem_size=20),
+    "ber": lambda: BERPlugin(4),
+    "drl": lambda: DRLPlugin(1e-2),
+}
+
+
+@pytest.mark.parametrize("stock", STOCK)
+@pytest.mark.parametrize("case", ["gaussian", "distill"])
+def test_composes_with_other_plugins_in_either_order(case, stock):
+    after = run([CASES[case](), STOCK[stock]()])
+    before = run([STOCK[stock](), CASES[case]()])
+    torch.testing.assert_close(weights(after), weights(before), rtol=0, atol=2e-5)
+    assert not torch.equal(weights(after), weights(run([CASES[case]()])))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_strategy_pickled_in_mid_stream_goes_on_to_the_same_weights(case):
+    stream = class_stream().train_stream
+    whole, half = run([CASES[case]()]), run([CASES[case]()], n=2)
+    stored, state = pickle.dumps(half), torch.get_rng_state()
+    twin = copy.deepcopy(half)
+    before = weights(twin).clone()
+    torch.manual_seed(99)
+    resumed = pickle.loads(stored)
+    torch.set_rng_state(state)
+    resumed.train(stream[2], eval_streams=[])
+    assert torch.equal(weights(resumed), weights(whole))
+    assert torch.equal(weights(twin), before)
+
+
+class StoppedError(Exception):
+    pass
+
+
+class Stop(SupervisedPlugin):
+    at = -1
+
+    def after_training_iteration(self, strategy, **kwargs):
+        if strategy.clock.train_iterations == Stop.at:
+            raise StoppedError
+
+
+RESUMED = {
+    "distilled_and_generated": lambda: LatentGenerativeMemoryPlugin(
+        "body.1", memory=generator(), encoder="distill"
+    ),
+    "stored": lambda: LatentReplayPlugin("body.1", mem=9),
+}
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_an_interrupted_run_ends_as_if_it_had_not_been(case, tmp_path, monkeypatch):
+    monkeypatch.setitem(checkpoint_cases.CASES, "lgm", lambda optimizer: [RESUMED[case]()])
+    Stop.at = -1
+    whole = checkpoint_cases.train("lgm", tmp_path / "whole", None, [Stop()])
+    for Stop.at in (13, 23):  # within the second and the third experience
+        with pytest.raises(StoppedError):
+            checkpoint_cases.train("lgm", tmp_path / "parts", 1, [Stop()])
+    Stop.at = -1
+    assert checkpoint_cases.train("lgm", tmp_path / "parts", 1, [Stop()]) == whole
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_global_random_state_is_what_it_is_without(case):
+    found = []
+    for plugins in ([CASES[case]()], []):
+        run(plugins, n=2)
+        found.append(torch.get_rng_state())
+    assert torch.equal(*found)
+
+
+def test_evaluation_in_mid_training_does_not_change_the_result_and_scores_real_data_alone():
+    class Evaluate(SupervisedPlugin):
+        def after_training_iteration(self, strategy, **kwargs):
+            with torch.random.fork_rng():
+                strategy.eval(class_stream().test_stream[0])
+
+    class Losses(SupervisedPlugin):
+        def after_eval_iteration(self, strategy, **kwargs):
+            want = F.cross_entropy(strategy.mb_output, strategy.mb_y)
+            assert torch.equal(strategy.loss, want)
+
+    for case in ("gaussian", "distill"):
+        observed = run([CASES[case](), Evaluate(), Losses()])
+        assert torch.equal(weights(observed), weights(run([CASES[case]()])))
+
+
+@pytest.mark.parametrize("case", ["gaussian", "vae"])
+def test_drawn_features_go_through_mixed_precision_as_the_data_does(case):
+    dtypes = []
+    model = MLP(8, (16, 12), 6)
+    strategy = naive(model, [PrecisionPlugin("bf16"), CASES[case]()])
+    strategy.train(class_stream().train_stream[0], eval_streams=[])
+    hook = model.classifier.register_forward_hook(lambda m, i, o: dtypes.append(o.dtype))
+    strategy.train(class_stream().train_stream[1], eval_streams=[])
+    hook.remove()
+    assert dtypes.count(torch.bfloat16) == 10  # new and drawn, five steps
+    assert torch.isfinite(weights(strategy)).all()
+
+
+def test_what_it_finds_is_logged():
+    found = {}
+
+    class Logger:
+        def log_metrics(self, values):
+            found.update({v.name.split("/")[0]: v.value for v in values})
+
+        def __getattr__(self, name):
+            return lambda *args, **kwargs: None
+
+    evaluator = EvaluationPlugin(accuracy_metrics(stream=True))
+    evaluator.loggers = [Logger()]
+    probe = Probe(CASES["distill"]())
+    strategy = run([probe.plugin, probe], n=2, evaluator=evaluator)
+    losses = [
+        F.cross_entropy(s["model"].classifier(s["model"].features[2:](s["replay"][0])),
+                        s["replay"][1]).item() for s in probe.steps[5:]
+    ]  # fmt: skip
+    assert found["LatentGenerativeMemory_Loss"] == pytest.approx(sum(losses) / 5, rel=1e-5)
+    assert found["LatentGenerativeMemory_Bytes"] == probe.plugin.memory.nbytes
+    x = torch.stack([x for x, *_ in class_stream().train_stream[1].dataset])
+    before, after = (m.features[:2](x) for m in (probe.steps[5]["model"], strategy.model))
+    moved = ((after - before).square().sum() / before.square().sum()).item()
+    assert found["LatentGenerativeMemory_Drift"] == pytest.approx(moved, rel=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_is_left_on_strategy_and_model(case):
+    strategy = run([CASES[case]()])
+    assert "criterion" not in vars(strategy)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in strategy.model.modules())
+    plugin = strategy.plugins[0]
+    assert plugin._split is None
+    assert plugin._pool is None
+
+
+def test_parts_of_an_online_stream_are_one_experience():
+    stream = split_online_stream(class_stream().train_stream, 20, access_task_boundaries=True)
+    plugin = CASES["gaussian"]()
+    probe = Probe(plugin)
+    run([plugin, probe], stream=list(stream), n=5)
+    assert plugin.experiences == 3
+    assert plugin.memory.classes == [0, 1, 2, 3]  # the third goes on, for all that is known
+    assert plugin.memory._gaussians[2][0].count == 20
+    assert [s["replay"] is None for s in probe.steps] == [True] * 6 + [False] * 9
+
+
+def test_classes_that_come_back_are_drawn_from_all_that_they_had():
+    plugin = CASES["gaussian"]()
+    stream = class_stream().train_stream
+    run([plugin], stream=[stream[0], stream[0], stream[1]])
+    assert [len(g) for g in plugin.memory._gaussians.values()] == [2, 2, 1, 1]
+
+
+# degenerate -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("memory", ["gaussian", "diagonal", "full", "mixture"])
+def test_one_class_and_one_sample_at_a_time(memory):
+    stream = class_stream(6, n_per_class=1).train_stream
+    plugin = LGM(memory=memory)
+    strategy = run([plugin], stream=stream, n=6)
+    assert torch.isfinite(weights(strategy)).all()
+    assert plugin.memory.classes == [0, 1, 2, 3, 4, 5]
+    assert strategy.clock.train_iterations == 6
+
+
+# what is wrong ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"memory": "gauss"}, "'gaussian'"),
+        ({"encoder": "freeze"}, "'freeze_after_first'"),
+        ({"drift": "lin"}, "'linear'"),
+        ({"drift": "linear"}, "encoder is 'freeze_after_first'"),
+        ({"drift": "sdc", "encoder": "distill", "memory": "vae"}, "GeneratorMemory"),
+        ({"r": 1.5}, "'class_ratio'"),
+        ({"lam": -1}, "lam >= 0"),
+    ],
+)
+def test_bad_arguments_are_refused(options, match):
+    with pytest.raises(ValueError, match=match):
+        LGM(**options)
+
+
+def test_bad_types_are_refused():
+    with pytest.raises(TypeError, match="GaussianMemory"):
+        LGM(memory=VAE((16,), n_classes=6, value_range=None))
+    with pytest.raises(TypeError, match="name of one layer"):
+        LatentGenerativeMemoryPlugin(["features.1"])
+    with pytest.raises(ValueError, match="n_classes=0"):
+        LGM(memory=generator(n_classes=0))
+    with pytest.raises(ValueError, match=r"value_range=\(0.0, 1.0\)"):
+        LGM(memory=GeneratorTraining(model=VAE((16,), n_classes=6)))
+
+
+def test_a_layer_that_is_not_there_is_refused_with_near_names():
+    with pytest.raises(ValueError, match=r"features\.1"):
+        run([LatentGenerativeMemoryPlugin("feature.1")])
+
+
+def test_a_stream_with_task_labels_is_refused():
+    stream = class_stream(task_labels=True).train_stream
+    with pytest.raises(ValueError, match=r"task labels \[0, 1\]"):
+        run([CASES["gaussian"]()], stream=stream)
+    with pytest.raises(ValueError, match="MultiTaskDecorator"):
+        run([CASES["gaussian"]()], model=as_multitask(MLP(8, (16, 12), 6), "classifier"))
+
+
+def test_another_network_in_mid_stream_is_refused():
+    plugin = CASES["gaussian"]()
+    run([plugin], n=1)
+    with pytest.raises(ValueError, match=r"\(16,\) before, and now \(9,\)"):
+        run([plugin], model=MLP(8, (9, 12), 6))
+
+
+def test_an_empty_experience_is_refused():
+    experience = class_stream().train_stream[0]
+    experience._dataset = experience.dataset.subset([])
+    with pytest.raises(ValueError, match="empty"):
+        run([CASES["gaussian"]()], stream=[experience])
