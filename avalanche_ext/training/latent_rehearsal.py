@@ -24,7 +24,7 @@ from avalanche_ext.training.checks import check_experience
 from avalanche_ext.training.importances import evaluating
 from avalanche_ext.training.loading.flat_data import attribute_values
 from avalanche_ext.training.loading.sampling import seeded
-from avalanche_ext.training.loading.sources import source_for
+from avalanche_ext.training.loading.sources import TensorSource, source_for
 from avalanche_ext.training.publishing import publish
 from avalanche_ext.training.replay_sources import classes_of, whole_experience
 from avalanche_ext.training.representation_penalty import bare
@@ -203,9 +203,11 @@ class LatentRehearsal(SupervisedPlugin):
         if self._learning is None:
             return
         split = NetworkSplit(bare(strategy.model), self.layer)
-        u, y = dataset_features(strategy, split, self._learning.dataset)
+        u = dataset_features(strategy, split, self._learning.dataset)
+        y = attribute_values(self._learning.dataset, "targets")
+        assert y is not None
         assert self._draws is not None
-        self.learn(strategy, u, y, self._draws)
+        self.learn(strategy, u, y.to(u.device), self._draws)
         if self._sum is not None:
             publish(self, strategy, f"{self.label}_Loss", float(self._sum) / self._steps)
         publish(self, strategy, f"{self.label}_Bytes", float(self.memory.nbytes))
@@ -293,24 +295,27 @@ class LatentRehearsal(SupervisedPlugin):
 
 
 @torch.no_grad()
-def dataset_features(
-    strategy: Any, split: NetworkSplit, dataset: Any, *, task: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Features of a whole data set, flat, and its labels.
+def dataset_features(strategy: Any, split: NetworkSplit, dataset: Any, *, task: int = 0) -> Tensor:
+    """Features of a whole data set, flat.
 
     In evaluation mode and with the transforms of evaluation, without a draw from the global random
     state.
 
+    Args:
+        strategy: Where its data is and how many samples a batch has.
+        split: The encoder.
+        dataset: Avalanche's, or a tensor of inputs.
+        task: Task label, for a network with one head per task.
+
     Shapes:
-        ``(N, D)`` and ``(N,)``, on the strategy's device.
+        ``(N, D)``, on the strategy's device.
     """
-    dataset = dataset.eval()
-    source, labels = source_for(strategy, dataset), attribute_values(dataset, "targets")
-    assert labels is not None
+    given = isinstance(dataset, Tensor)
+    source = TensorSource([dataset]) if given else source_for(strategy, dataset.eval())
     size = max(strategy.eval_mb_size or 1, 64)
     with evaluating(split.model), torch.random.fork_rng(devices=[]):
         parts = [
             split.features(source.gather(rows)[0].to(strategy.device), task).flatten(1)
-            for rows in torch.arange(len(labels)).split(size)
+            for rows in torch.arange(len(dataset)).split(size)
         ]
-    return torch.cat(parts), labels.to(strategy.device)
+    return torch.cat(parts)

@@ -149,7 +149,7 @@ class LatentGenerativeMemoryPlugin(LatentRehearsal):
         """Move what is known to where the encoder is now, then write the new classes."""
         if self._teacher is not None:
             split = NetworkSplit(self._teacher.module, self.layer)
-            before, _ = dataset_features(strategy, split, self._learning.dataset)
+            before = dataset_features(strategy, split, self._learning.dataset)
             moved = (u - before).square().sum() / before.square().sum()
             publish(self, strategy, f"{self.label}_Drift", float(moved))
             if self.drift != "none":
