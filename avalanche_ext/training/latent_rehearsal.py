@@ -65,7 +65,8 @@ class LatentRehearsal(SupervisedPlugin):
         layer: Name of the layer that ends the encoder.
         memory: Where features come from.
         encoder: ``"freeze_after_first"``: it learns in the first experience alone; ``"frozen"``: it
-            never does; anything else: always.
+            never does; anything else: always. What is frozen stays so when training has ended
+            (``requires_grad`` is off).
         r: Weight of the new data, see ``new_data_weight``, or ``"share"``: every sample of a step
             counts the same, new or old. With 1 nothing is done, bit for bit.
 
@@ -254,7 +255,7 @@ class LatentRehearsal(SupervisedPlugin):
         with self._still(), self._split.replaced(u):
             if type(strategy).forward is not SupervisedProblem.forward:
                 # A strategy's own forward may count batches: these are none of its loader's.
-                return avalanche_forward(strategy.model, x, y)
+                return avalanche_forward(strategy.model, x, torch.zeros_like(y))
             current, strategy.mbatch = strategy.mbatch, [x, y, torch.zeros_like(y)]
             try:
                 return strategy.forward()  # with mixed precision, if a plugin is around it

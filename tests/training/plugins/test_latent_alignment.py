@@ -21,6 +21,7 @@ from avalanche_ext.models.mlp import MLP
 from avalanche_ext.training.plugins.latent_alignment import LatentAlignmentPlugin
 from avalanche_ext.training.plugins.precision import PrecisionPlugin
 from tests.conftest import class_stream, naive
+from tests.experiments import checkpoint_cases
 
 pytestmark = pytest.mark.filterwarnings("ignore:No loggers")
 
@@ -288,6 +289,32 @@ def test_a_strategy_pickled_in_mid_stream_goes_on_to_the_same_predictions(option
     torch.set_rng_state(state)
     resumed.train(stream[2], eval_streams=[])
     assert torch.equal(outputs(resumed), outputs(whole))
+
+
+class StoppedError(Exception):
+    pass
+
+
+class Stop(SupervisedPlugin):
+    at = -1
+
+    def after_training_iteration(self, strategy, **kwargs):
+        if strategy.clock.train_iterations == Stop.at:
+            raise StoppedError
+
+
+def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
+    """The metrics of the run are those of predictions over bridges."""
+    monkeypatch.setitem(checkpoint_cases.CASES, "lsa", lambda optimizer: [LatentAlignmentPlugin()])
+    monkeypatch.setattr(checkpoint_cases, "Net", MODELS["decorated"])
+    monkeypatch.setattr(checkpoint_cases, "class_stream", benchmark)
+    Stop.at = -1
+    whole = checkpoint_cases.train("lsa", tmp_path / "whole", None, [Stop()])
+    for Stop.at in (13, 23):  # within the second and the third experience
+        with pytest.raises(StoppedError):
+            checkpoint_cases.train("lsa", tmp_path / "parts", 1, [Stop()])
+    Stop.at = -1
+    assert checkpoint_cases.train("lsa", tmp_path / "parts", 1, [Stop()]) == whole
 
 
 def test_nothing_is_left_on_strategy_and_model():

@@ -18,6 +18,7 @@ from avalanche.training.plugins import (
     ReplayPlugin,
     SupervisedPlugin,
 )
+from avalanche.training.supervised import Naive
 from torch import nn
 from torch.nn import functional as F
 
@@ -421,9 +422,8 @@ class Stop(SupervisedPlugin):
 
 
 RESUMED = {
-    "distilled_and_generated": lambda: LatentGenerativeMemoryPlugin(
-        "body.1", memory=generator(), encoder="distill"
-    ),
+    "distilled": lambda: LatentGenerativeMemoryPlugin("body.1", encoder="distill"),
+    "generated": lambda: LatentGenerativeMemoryPlugin("body.1", memory=generator()),
     "stored": lambda: LatentReplayPlugin("body.1", mem=9),
 }
 
@@ -476,6 +476,26 @@ def test_drawn_features_go_through_mixed_precision_as_the_data_does(case):
     hook.remove()
     assert dtypes.count(torch.bfloat16) == 10  # new and drawn, five steps
     assert torch.isfinite(weights(strategy)).all()
+
+
+def test_drawn_features_are_no_batch_of_the_strategys_loader():
+    class Counting(Naive):
+        batches = 0
+
+        def forward(self):
+            self.batches += 1
+            return super().forward()
+
+    torch.manual_seed(1)
+    model = MLP(8, (16, 12), 6)
+    strategy = Counting(
+        model=model, optimizer=torch.optim.SGD(model.parameters(), 0.1), train_mb_size=8,
+        criterion=nn.CrossEntropyLoss(), plugins=[LGM()], evaluator=None,
+    )  # fmt: skip
+    for experience in class_stream().train_stream:
+        strategy.train(experience, eval_streams=[])
+    assert strategy.batches == 15
+    assert torch.equal(weights(strategy), weights(run([LGM()])))
 
 
 def test_what_it_finds_is_logged():
