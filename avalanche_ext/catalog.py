@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from avalanche_ext import builders
 from avalanche_ext.recipes import RECIPES, Recipe
 from avalanche_ext.recipes.names import lookup
 
@@ -75,62 +76,6 @@ def find_card(key: str) -> Card:
     return lookup("method", key, CATALOG)
 
 
-def _drl(recipe: Any) -> Any:
-    from avalanche_ext import DRLPlugin
-
-    return DRLPlugin(recipe.lam, form=recipe.form, layers=recipe.layers)
-
-
-def _ber(recipe: Any) -> Any:
-    from avalanche_ext import BERPlugin
-
-    return BERPlugin(
-        recipe.mem,
-        mem_scope=recipe.mem_scope,
-        mode=recipe.mode,
-        group_by=recipe.group_by,
-        max_groups=recipe.max_groups,
-    )
-
-
-def _er(recipe: Any) -> Any:
-    from avalanche_ext import ERPlugin
-
-    return ERPlugin(recipe.mem, mem_scope=recipe.mem_scope)
-
-
-def _shuffle(recipe: Any) -> Any:
-    from avalanche_ext import ShuffleReplayPlugin
-
-    return ShuffleReplayPlugin(recipe.mem, mem_scope=recipe.mem_scope)
-
-
-def _per_experience(recipe: Any) -> int:
-    """Avalanche's GEM and A-GEM count per experience; a total budget is shared out beforehand."""
-    total = recipe.mem_scope == "total"
-    return recipe.mem // recipe.benchmark.n_experiences if total else recipe.mem
-
-
-def _gem(recipe: Any) -> Any:
-    from avalanche.training.plugins import GEMPlugin
-
-    return GEMPlugin(_per_experience(recipe), recipe.memory_strength)
-
-
-def _agem(recipe: Any) -> Any:
-    from avalanche.training.plugins import AGEMPlugin
-
-    # One mini-batch of memory per past experience, as many as BER sees.
-    sample = recipe.batch_size * max(1, recipe.benchmark.n_experiences - 1)
-    return AGEMPlugin(_per_experience(recipe), sample)
-
-
-def _joint_plugins(recipe: Any) -> list[Any]:
-    from avalanche.training.plugins import FromScratchTrainingPlugin
-
-    return [FromScratchTrainingPlugin()]
-
-
 def _ours(*names: str) -> Callable[[], tuple[type, ...]]:
     def parts() -> tuple[type, ...]:
         import avalanche_ext
@@ -161,115 +106,10 @@ def _cumulative() -> type:
     return Cumulative
 
 
-def _expandable_der(recipe: Any, **options: Any) -> Any:
-    from avalanche_ext import (
-        ChannelMasks,
-        ClassifierStage,
-        ExpandableDER,
-        Schedule,
-        build_backbone,
-    )
-
-    own_first = recipe.first_epochs is not None
-    first = Schedule(recipe.lr, 0, recipe.first_milestones) if own_first else None
-    masks = ChannelMasks(recipe.lam, recipe.s_max, recipe.gate_lr_factor)
-    return ExpandableDER(
-        backbone=build_backbone(
-            recipe.backbone, 0, recipe.benchmark.in_shape, pretrained=recipe.pretrained,
-            hidden=recipe.hidden,
-        ),
-        mem=None if recipe.mem_per_class else recipe.mem,
-        mem_per_class=recipe.mem_per_class,
-        auxiliary=recipe.auxiliary,
-        prune=masks if recipe.prune else None,
-        lookahead=recipe.lookahead,
-        schedule=Schedule(recipe.lr, recipe.warmup_epochs, recipe.milestones),
-        first_schedule=first,
-        classifier_stage=ClassifierStage(
-            recipe.classifier_epochs,
-            Schedule(recipe.lr, 0, recipe.classifier_milestones),
-            recipe.temperature,
-        ),
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-        inherit=recipe.inherit,
-        reset_heads=recipe.reset_heads,
-        n_outputs=recipe.benchmark.n_outputs,
-        **options,
-    )  # fmt: skip
-
-
-def _hat(recipe: Any, plugins: list[Any], **options: Any) -> Any:
-    from avalanche.training.supervised import Naive
-    from torch.optim import SGD
-
-    from avalanche_ext import HATNet, HATPlugin, build_backbone
-
-    backbone = build_backbone(
-        recipe.backbone, 0, recipe.benchmark.in_shape, pretrained=recipe.pretrained,
-        hidden=recipe.hidden,
-    )  # fmt: skip
-    model = HATNet(backbone, s_max=recipe.s_max)
-    optimizer = SGD(
-        model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay
-    )
-    plugins = [HATPlugin(recipe.lam), *plugins]
-    return Naive(model=model, optimizer=optimizer, plugins=plugins, **options)
-
-
-def _generator(recipe: Any) -> Any:
-    """The generator of a recipe and how it is trained."""
-    import torch
-
-    from avalanche_ext import GeneratorTraining, build_generator
-
-    benchmark = recipe.benchmark
-    with torch.random.fork_rng(devices=[]):  # the solver starts where it would without it
-        torch.manual_seed(torch.initial_seed() + 1)
-        model = build_generator(
-            recipe.generator, benchmark.in_shape, benchmark.n_outputs,
-            value_range=benchmark.value_range,
-        )  # fmt: skip
-    return GeneratorTraining(
-        model=model, lr=recipe.generator_lr, r=_weight(recipe.generator_r),
-        train_mb_size=recipe.batch_size, train_epochs=recipe.generator_epochs,
-    )  # fmt: skip
-
-
-def _dgr(recipe: Any) -> list[Any]:
-    from avalanche_ext import DGRPlugin, ExactReplay, NoiseReplay
-    from avalanche_ext.recipes.names import lookup
-
-    benchmark = recipe.benchmark
-    sources: dict[str, Callable[[], Any]] = {
-        "generator": lambda: _generator(recipe),
-        "noise": lambda: NoiseReplay(benchmark.in_shape, value_range=benchmark.value_range),
-        "exact": ExactReplay,
-    }
-    return [
-        DGRPlugin(
-            lookup("replay", recipe.replay, sources)(), r=_weight(recipe.r), labels=recipe.labels,
-            schedule=recipe.schedule, prefetch=recipe.prefetch,
-        )
-    ]  # fmt: skip
-
-
-def _weight(r: str) -> str | float:
-    """A rule, or a number written out."""
-    return r if r in ("1/t", "class_ratio") else float(r)
-
-
-def _anchor(key: str, lam: float) -> list[Any]:
-    """The importance method of a recipe."""
-    import avalanche_ext
-
-    return [] if key == "none" else [getattr(avalanche_ext, _IMPORTANCES[key])(lam)]
-
-
 def _importance(key: str, title: str, summary: str) -> Card:
     return Card(
-        key, title, summary, "importance", _ours(_IMPORTANCES[key]),
-        lambda recipe: _anchor(key, recipe.lam),
+        key, title, summary, "importance", _ours(builders.IMPORTANCES[key]),
+        lambda recipe: builders.anchor(key, recipe.lam),
     )  # fmt: skip
 
 
@@ -281,7 +121,7 @@ def _regulariser(key: str, title: str, summary: str, name: str, *fields: str, **
 
         options = {field: getattr(recipe, field) for field in fields}
         penalty = getattr(avalanche_ext, name)(recipe.lam, **options, **fixed)
-        return [*_anchor(recipe.importance, recipe.anchor_lam), penalty]
+        return [*builders.anchor(recipe.importance, recipe.anchor_lam), penalty]
 
     return Card(key, title, summary, "sparsity", _ours(name), build)
 
@@ -290,18 +130,9 @@ def _competition(key: str, title: str, summary: str, unit: str) -> Card:
     """Units that compete come with the recipe's network."""
     return Card(
         key, title, summary, "sparsity", _ours(unit),
-        lambda recipe: _anchor(recipe.importance, recipe.anchor_lam),
+        lambda recipe: builders.anchor(recipe.importance, recipe.anchor_lam),
     )  # fmt: skip
 
-
-_IMPORTANCES = {
-    "ewc": "EWCPlugin",
-    "online_ewc": "OnlineEWCPlugin",
-    "si": "SynapticIntelligencePlugin",
-    "mas": "MASPlugin",
-    "rwalk": "RWalkPlugin",
-    "l2_transfer": "L2TransferPlugin",
-}
 
 CATALOG: dict[str, Card] = {
     card.key: card
@@ -309,29 +140,30 @@ CATALOG: dict[str, Card] = {
         Card("naive", "Naive", "train on, forget; the lower bound", "plain", _naive,
              lambda recipe: [], ours=False),
         Card("joint", "Joint", "train anew on all data seen so far; the upper bound", "plain",
-             lambda: (_cumulative(),), _joint_plugins, _cumulative, ours=False),
+             lambda: (_cumulative(),), builders.joint, _cumulative, ours=False),
         Card("er", "ER", "half the batch from memory", "replay", _ours("ERPlugin"),
-             lambda recipe: [_er(recipe)]),
+             lambda recipe: [builders.er(recipe)]),
         Card("ber", "BER", "each past group in every batch", "replay", _ours("BERPlugin"),
-             lambda recipe: [_ber(recipe)]),
+             lambda recipe: [builders.ber(recipe)]),
         Card("shuffle_replay", "Shuffle", "the memory shuffled into the new data", "replay",
-             _ours("ShuffleReplayPlugin"), lambda recipe: [_shuffle(recipe)]),
+             _ours("ShuffleReplayPlugin"), lambda recipe: [builders.shuffle_replay(recipe)]),
         Card("drl", "DRL", "discriminative representation loss, without replay", "replay",
-             _ours("DRLPlugin"), lambda recipe: [_drl(recipe)]),
+             _ours("DRLPlugin"), lambda recipe: [builders.drl(recipe)]),
         Card("drl_er", "DRL+ER", "discriminative representation loss with ER", "replay",
-             _ours("DRLPlugin", "ERPlugin"), lambda recipe: [_drl(recipe), _er(recipe)]),
+             _ours("DRLPlugin", "ERPlugin"),
+             lambda recipe: [builders.drl(recipe), builders.er(recipe)]),
         Card("drl_ber", "DRL+BER", "discriminative representation loss with BER, the paper's own",
              "replay", _ours("DRLPlugin", "BERPlugin"),
-             lambda recipe: [_drl(recipe), _ber(recipe)]),
+             lambda recipe: [builders.drl(recipe), builders.ber(recipe)]),
         Card("drl_shuffle_replay", "DRL+Shuffle", "discriminative representation loss with Shuffle",
              "replay", _ours("DRLPlugin", "ShuffleReplayPlugin"),
-             lambda recipe: [_drl(recipe), _shuffle(recipe)]),
+             lambda recipe: [builders.drl(recipe), builders.shuffle_replay(recipe)]),
         Card("expandable_der", "ExpandableDER",
              "one extractor per experience, the classifier retrained on balanced samples",
              "expansion", _ours("ExpandableDER", "ExpandableNet"), lambda recipe: [],
-             make=_expandable_der),
+             make=builders.expandable_der),
         Card("hat", "HAT", "each task's own masks on the channels of one network, kept for it",
-             "expansion", _ours("HATPlugin", "HATNet"), lambda recipe: [], make=_hat),
+             "expansion", _ours("HATPlugin", "HATNet"), lambda recipe: [], make=builders.hat),
         _importance("ewc", "EWC", "weights important to the Fisher information held"),
         _importance("online_ewc", "Online EWC", "EWC with one decaying importance"),
         _importance("si", "SI", "weights held by their part in the loss's descent"),
@@ -352,10 +184,10 @@ CATALOG: dict[str, Card] = {
         _competition("maxout", "Maxout", "pairs of units, the larger passed on", "Maxout"),
         _competition("lwta", "LWTA", "pairs of units, the smaller silenced", "LWTA"),
         Card("dgr", "DGR", "a generator's samples of the past, labelled by the last solver",
-             "generative", _ours("DGRPlugin", "GeneratorTraining"), _dgr),
+             "generative", _ours("DGRPlugin", "GeneratorTraining"), builders.dgr),
         Card("gem", "GEM", "Avalanche's gradient episodic memory", "replay", _plugin("GEMPlugin"),
-             lambda recipe: [_gem(recipe)], ours=False),
+             lambda recipe: [builders.gem(recipe)], ours=False),
         Card("agem", "A-GEM", "Avalanche's averaged GEM", "replay", _plugin("AGEMPlugin"),
-             lambda recipe: [_agem(recipe)], ours=False),
+             lambda recipe: [builders.agem(recipe)], ours=False),
     )
 }  # fmt: skip

@@ -19,9 +19,9 @@ from avalanche.training.utils import _at_task_boundary
 from torch import Tensor, nn
 
 from avalanche_ext.functional.generative import new_data_weight
+from avalanche_ext.models.modes import evaluating
 from avalanche_ext.models.network_split import NetworkSplit
 from avalanche_ext.training.checks import check_experience
-from avalanche_ext.training.importances import evaluating
 from avalanche_ext.training.loading.flat_data import attribute_values
 from avalanche_ext.training.loading.sampling import seeded
 from avalanche_ext.training.loading.sources import TensorSource, source_for
