@@ -67,6 +67,9 @@ _PUBLIC = {
     "ExactReplay": "training.replay_sources",
     "NoiseReplay": "training.replay_sources",
     "GeneratorTraining": "training.supervised.generator_training",
+    "DGM": "training.supervised.dgm",
+    "Discriminator": "models.generators.discriminator",
+    "MaskedGenerator": "models.generators.masked",
     "VAE": "models.generators.vae",
     "WGAN": "models.generators.wgan",
     "build_generator": "models.generators.build",
@@ -74,6 +77,7 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "DGM",
     "LWTA",
     "MLP",
     "VAE",
@@ -91,6 +95,7 @@ __all__ = [
     "DataParallelPlugin",
     "DeCovPlugin",
     "DeviceDataPlugin",
+    "Discriminator",
     "ERPlugin",
     "EWCPlugin",
     "ExactReplay",
@@ -110,6 +115,7 @@ __all__ = [
     "L2DecayPlugin",
     "L2TransferPlugin",
     "MASPlugin",
+    "MaskedGenerator",
     "Maxout",
     "NeuronImportance",
     "NoiseReplay",
@@ -150,6 +156,8 @@ if TYPE_CHECKING:
     from avalanche_ext.models.competition import LWTA, CompetitiveMLP, Maxout
     from avalanche_ext.models.expandable_net import ChannelMasks, ExpandableNet
     from avalanche_ext.models.generators.build import build_generator
+    from avalanche_ext.models.generators.discriminator import Discriminator
+    from avalanche_ext.models.generators.masked import MaskedGenerator
     from avalanche_ext.models.generators.vae import VAE
     from avalanche_ext.models.generators.wgan import WGAN
     from avalanche_ext.models.hat_net import HATNet
@@ -192,6 +200,7 @@ if TYPE_CHECKING:
         ReservoirMemory,
     )
     from avalanche_ext.training.storage_policy.herding import HerdingMemory
+    from avalanche_ext.training.supervised.dgm import DGM
     from avalanche_ext.training.supervised.expandable_der import ClassifierStage, ExpandableDER
     from avalanche_ext.training.supervised.generator_training import GeneratorTraining
 

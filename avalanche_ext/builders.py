@@ -13,6 +13,7 @@ __all__ = [
     "agem",
     "anchor",
     "ber",
+    "dgm",
     "dgr",
     "drl",
     "er",
@@ -169,6 +170,7 @@ def _generator(recipe: Any) -> Any:
         )  # fmt: skip
     return GeneratorTraining(
         model=model, lr=recipe.generator_lr, r=_weight(recipe.generator_r),
+        alignment=recipe.alignment, critic_steps=recipe.critic_steps,
         train_mb_size=recipe.batch_size, train_epochs=recipe.generator_epochs,
     )  # fmt: skip
 
@@ -190,6 +192,26 @@ def dgr(recipe: Any) -> list[Any]:
             schedule=recipe.schedule, prefetch=recipe.prefetch,
         )
     ]  # fmt: skip
+
+
+def dgm(recipe: Any, **options: Any) -> Any:
+    """The strategy."""
+    from avalanche_ext import DGM, Discriminator, MaskedGenerator
+
+    benchmark = recipe.benchmark
+    shape, common = benchmark.in_shape, {
+        "n_classes": benchmark.n_outputs, "network": recipe.network,
+        "value_range": benchmark.value_range,
+    }  # fmt: skip
+    options = {k: v for k, v in options.items() if k != "criterion"}
+    return DGM(
+        model=Discriminator(shape, widths=recipe.critic_widths, **common),
+        generator=MaskedGenerator(
+            shape, masks="weights" if recipe.method == "dgm_w" else "units", widths=recipe.widths,
+            latent=recipe.latent, s_max=recipe.s_max, expand=recipe.expand, **common,
+        ),
+        lam=recipe.lam, lr=recipe.lr, restart=recipe.restart, **options,
+    )  # fmt: skip
 
 
 def _weight(r: str) -> str | float:
