@@ -73,6 +73,13 @@ _PUBLIC = {
     "VAE": "models.generators.vae",
     "WGAN": "models.generators.wgan",
     "build_generator": "models.generators.build",
+    "LatentGenerativeMemoryPlugin": "training.plugins.latent_generative_memory",
+    "LatentReplayPlugin": "training.plugins.latent_replay",
+    "LatentAlignmentPlugin": "training.plugins.latent_alignment",
+    "OnlineLookaheadPlugin": "training.plugins.online_lookahead",
+    "OnlineDistillationPlugin": "training.plugins.online_distillation",
+    "OnlineProjectionPlugin": "training.plugins.online_projection",
+    "GaussianMemory": "models.feature_memory",
     "drl_loss": "functional.drl",
 }
 
@@ -105,6 +112,7 @@ __all__ = [
     "ExperienceBalancedMemory",
     "FixedSizeClassifier",
     "GatedNetwork",
+    "GaussianMemory",
     "GeneratorTraining",
     "GradientDiversity",
     "HATNet",
@@ -114,12 +122,18 @@ __all__ = [
     "L1RepPlugin",
     "L2DecayPlugin",
     "L2TransferPlugin",
+    "LatentAlignmentPlugin",
+    "LatentGenerativeMemoryPlugin",
+    "LatentReplayPlugin",
     "MASPlugin",
     "MaskedGenerator",
     "Maxout",
     "NeuronImportance",
     "NoiseReplay",
+    "OnlineDistillationPlugin",
     "OnlineEWCPlugin",
+    "OnlineLookaheadPlugin",
+    "OnlineProjectionPlugin",
     "OrthRegPlugin",
     "ParameterAnchorPlugin",
     "PrecisionPlugin",
@@ -155,6 +169,7 @@ if TYPE_CHECKING:
     from avalanche_ext.models.channel_groups import find_channel_groups
     from avalanche_ext.models.competition import LWTA, CompetitiveMLP, Maxout
     from avalanche_ext.models.expandable_net import ChannelMasks, ExpandableNet
+    from avalanche_ext.models.feature_memory import GaussianMemory
     from avalanche_ext.models.generators.build import build_generator
     from avalanche_ext.models.generators.discriminator import Discriminator
     from avalanche_ext.models.generators.masked import MaskedGenerator
@@ -173,6 +188,12 @@ if TYPE_CHECKING:
     from avalanche_ext.training.plugins.drl import DRLPlugin
     from avalanche_ext.training.plugins.er import ERPlugin
     from avalanche_ext.training.plugins.hat import HATPlugin
+    from avalanche_ext.training.plugins.latent_alignment import LatentAlignmentPlugin
+    from avalanche_ext.training.plugins.latent_generative_memory import LatentGenerativeMemoryPlugin
+    from avalanche_ext.training.plugins.latent_replay import LatentReplayPlugin
+    from avalanche_ext.training.plugins.online_distillation import OnlineDistillationPlugin
+    from avalanche_ext.training.plugins.online_lookahead import OnlineLookaheadPlugin
+    from avalanche_ext.training.plugins.online_projection import OnlineProjectionPlugin
     from avalanche_ext.training.plugins.parameter_anchor import (
         EWCPlugin,
         L2TransferPlugin,

@@ -21,6 +21,10 @@ __all__ = [
     "gem",
     "hat",
     "joint",
+    "latent_alignment",
+    "latent_generative_memory",
+    "latent_replay",
+    "online",
     "shuffle_replay",
 ]
 
@@ -214,9 +218,62 @@ def dgm(recipe: Any, **options: Any) -> Any:
     )  # fmt: skip
 
 
+def latent_generative_memory(recipe: Any) -> list[Any]:
+    """The plugin; a generator of features is drawn when it meets the first ones."""
+    from avalanche_ext import LatentGenerativeMemoryPlugin
+
+    return [
+        LatentGenerativeMemoryPlugin(
+            recipe.layer, memory=recipe.memory, encoder=recipe.encoder, drift=recipe.drift,
+            r=_weight(recipe.r or "class_ratio"), lam=recipe.lam,
+        )
+    ]  # fmt: skip
+
+
+def latent_replay(recipe: Any) -> list[Any]:
+    """The plugin."""
+    from avalanche_ext import LatentReplayPlugin
+
+    return [
+        LatentReplayPlugin(
+            recipe.layer, mem=recipe.stored, mem_bytes=recipe.stored_bytes,
+            encoder=recipe.encoder, r=_weight(recipe.r or "share"),
+        )
+    ]  # fmt: skip
+
+
+def latent_alignment(recipe: Any, plugins: list[Any], **options: Any) -> Any:
+    """The plugin in a ``Naive`` with a head for each task."""
+    from avalanche.training.supervised import Naive
+
+    from avalanche_ext import LatentAlignmentPlugin
+    from avalanche_ext.experiments.run import build_model, build_optimizer
+
+    model = build_model(recipe)
+    plugin = LatentAlignmentPlugin(recipe.bridge, compose=recipe.compose, lam=recipe.lam)
+    optimizer = build_optimizer(recipe, model)
+    return Naive(model=model, optimizer=optimizer, plugins=[plugin, *plugins], **options)
+
+
+def online(recipe: Any) -> list[Any]:
+    """One of the three plugins."""
+    from avalanche_ext import (
+        OnlineDistillationPlugin,
+        OnlineLookaheadPlugin,
+        OnlineProjectionPlugin,
+    )
+
+    inputs = {"mem": recipe.mem, "n_inputs": recipe.n_inputs}
+    if recipe.method == "online_projection":
+        return [OnlineProjectionPlugin(recipe.eps, eps_on=recipe.eps_on, **inputs)]
+    lookahead = recipe.method == "online_lookahead"
+    plugin = OnlineLookaheadPlugin if lookahead else OnlineDistillationPlugin
+    return [plugin(recipe.lam, steps=recipe.steps, **inputs)]
+
+
 def _weight(r: str) -> str | float:
     """A rule, or a number written out."""
-    return r if r in ("1/t", "class_ratio") else float(r)
+    return r if r in ("1/t", "class_ratio", "share") else float(r)
 
 
 def anchor(key: str, lam: float) -> list[Any]:

@@ -13,14 +13,17 @@ from avalanche_ext.recipes.drl_ber import RECIPES as _DRL_BER
 from avalanche_ext.recipes.expandable_der import RECIPES as _EXPANDABLE_DER
 from avalanche_ext.recipes.generative import RECIPES as _GENERATIVE
 from avalanche_ext.recipes.hat import RECIPES as _HAT
+from avalanche_ext.recipes.latent import RECIPES as _LATENT
 from avalanche_ext.recipes.names import lookup
+from avalanche_ext.recipes.online import RECIPES as _ONLINE
 from avalanche_ext.recipes.selfless import RECIPES as _SELFLESS
 from avalanche_ext.recipes.settings import from_settings, is_file, read_settings, with_settings
 
 __all__ = ["RECIPES", "Recipe", "find_recipe", "load_recipe", "with_settings"]
 
 RECIPES: dict[str, Recipe] = {
-    **_DRL_BER, **_CORE50, **_EXPANDABLE_DER, **_HAT, **_SELFLESS, **_GENERATIVE
+    **_DRL_BER, **_CORE50, **_EXPANDABLE_DER, **_HAT, **_SELFLESS, **_GENERATIVE, **_LATENT,
+    **_ONLINE,
 }  # fmt: skip
 
 

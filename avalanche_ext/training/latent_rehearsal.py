@@ -150,8 +150,8 @@ class LatentRehearsal(SupervisedPlugin):
         if self._weight < 1:
             wrap(strategy, "criterion", self._criterion)
 
-    def before_forward(self, strategy: Any, **kwargs: Any) -> None:
-        """Cut the network when the first batch tells the layers' order."""
+    def before_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
+        """Cut the network when the first batch tells the layers' order, before others listen."""
         if self.r != 1 and self._split is None:
             self._cut(strategy)
 

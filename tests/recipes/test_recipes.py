@@ -9,6 +9,8 @@ import pytest
 from avalanche_ext.catalog import CATALOG, find_card
 from avalanche_ext.recipes import RECIPES, find_recipe, with_settings
 from avalanche_ext.recipes.generative import GenerativeRecipe
+from avalanche_ext.recipes.latent import AlignmentRecipe, LatentRecipe
+from avalanche_ext.recipes.online import OnlineRecipe
 from avalanche_ext.recipes.selfless import ImportanceRecipe, SelflessRecipe
 from avalanche_ext.recipes.settings import to_json
 from avalanche_ext.recipes.streams import CORe50Track, SplitDigits
@@ -47,6 +49,12 @@ def test_rows_of_one_table_share_their_protocol():
                 elif isinstance(recipe, GenerativeRecipe):
                     own = {"replay", "labels", "title", "alignment", "critic_steps"}
                     free_here = {k for k in ours if k.startswith("generator")} | own
+                elif isinstance(recipe, LatentRecipe):
+                    free_here = {"encoder", "memory", "title", "stored_bytes"}
+                elif isinstance(recipe, AlignmentRecipe):
+                    free_here = {"bridge", "compose", "title"}
+                elif isinstance(recipe, OnlineRecipe):
+                    free_here = {"eps", "eps_on", "n_inputs", "steps", "title"}
                 elif isinstance(recipe, ImportanceRecipe):
                     free_here = {"lam"}
                 ours = {k: v for k, v in ours.items() if k not in free_here}
