@@ -34,6 +34,7 @@ from typing import Any
 
 import torch
 from avalanche.models import MultiTaskModule
+from avalanche.training.templates.problem_type.supervised_problem import SupervisedProblem
 from torch import Tensor
 from torch.func import functional_call
 
@@ -70,7 +71,7 @@ class OnlineLookaheadPlugin(OnlineMemory):
 
     Raises:
         TypeError, ValueError: For a bad argument; in training, for an outcome that is no longer
-            finite.
+            finite, or a strategy with a forward pass of its own.
     """
 
     label = "OnlineLookahead_Drift"
@@ -100,6 +101,17 @@ class OnlineLookaheadPlugin(OnlineMemory):
     def weighs_nothing(self) -> bool:
         """See ``OnlineMemory``."""
         return self.lam == 0
+
+    def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        """Refuse a strategy whose loss cannot be worked out anew."""
+        super().before_training_exp(strategy, **kwargs)
+        if self.active and type(strategy).forward is not SupervisedProblem.forward:
+            raise ValueError(
+                f"{type(self).__name__} works out the mini-batch's loss at parameters that are yet "
+                f"to come; that of {type(strategy).__name__} belongs to its own forward pass. Use "
+                f"a strategy with Avalanche's forward pass, such as Naive, or "
+                f"OnlineDistillationPlugin."
+            )
 
     def before_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
         """Take the steps; the mini-batch is there, and its forward pass still to come."""
