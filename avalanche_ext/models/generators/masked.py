@@ -138,7 +138,6 @@ class MaskedGenerator(GenerativeModel):
         for layer in self._layers:
             layer.begin_task(before)
             before = None if layer.by_weight else layer.reserved
-        self.outputs.requires_grad_(False)
         self.outputs.append(self._output_layer().to(self._layers[0].weight))
         self.tasks = [*self.tasks, [int(c) for c in classes]]
 

@@ -210,13 +210,14 @@ class DGM(SupervisedTemplate):
         with torch.no_grad():
             fake = self._generated(self.mb_y)
         share = torch.rand(len(real), generator=self._draws).to(real)
-        penalty = gradient_penalty(lambda u: self.model.judge(u)[0], real, fake[: len(real)], share)
+        penalty = gradient_penalty(lambda u: self.model.judge(u)[0], real, fake, share)
         return self.model.judge(fake)[0].mean() - value.mean() + _PENALTY * penalty.mean()
 
     def _generated(self, y: Tensor) -> Tensor:
-        """Samples of classes of this experience; two for a single label, for the batch norms."""
-        y = y.repeat(2) if len(y) == 1 else y
-        return self.generator.make(self.generator.noise(len(y), self._draws), y)
+        """Samples of classes of this experience, one by itself as one of two: for batch norms."""
+        labels = y.repeat(2) if len(y) == 1 else y
+        noise = self.generator.noise(len(labels), self._draws)
+        return self.generator.make(noise, labels)[: len(y)]
 
     def optimizer_step(self) -> None:
         """Step of the discriminator; after every ``critic_steps`` batches, of the generator."""
@@ -230,7 +231,7 @@ class DGM(SupervisedTemplate):
             self.generator.clamp_embeddings()
 
     def _generator_loss(self) -> Tensor:
-        y = self.generator.labels(max(2, len(self.mb_y)), self.generator.tasks[-1], self._draws)
+        y = self.generator.labels(len(self.mb_y), self.generator.tasks[-1], self._draws)
         assert y is not None
         value, logits = self.model.judge(self._generated(y))
         loss = F.cross_entropy(logits, y) - value.mean()
