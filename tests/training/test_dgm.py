@@ -183,6 +183,18 @@ def test_experiences_weigh_as_many_as_they_have_classes():
     assert found == pytest.approx([1.0, 2 / 6])
 
 
+def test_every_experience_and_every_seed_draws_other_numbers():
+    seeds = []
+
+    class Seeds(SupervisedPlugin):
+        def before_training_exp(self, strategy, **kwargs):
+            seeds.append(strategy._draws.initial_seed())
+
+    for seed in (1, 2):
+        train(build(plugins=[Seeds()], seed=seed), slice(0, 2))
+    assert len(set(seeds)) == 4
+
+
 # nothing is forgotten ---------------------------------------------------------------------------
 
 
