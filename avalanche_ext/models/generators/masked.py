@@ -114,11 +114,6 @@ class MaskedGenerator(GenerativeModel):
 
     # tasks ----------------------------------------------------------------------------------
 
-    @property
-    def learning(self) -> bool:
-        """Whether a task has begun that has not ended."""
-        return len(self.tasks) > len(self.capacity)
-
     def begin_task(self, classes: Sequence[int]) -> None:
         """Give some new classes masks, norms and an output layer.
 
