@@ -205,6 +205,9 @@ def test_labels_take_turns_over_old_classes_whatever_the_batch():
             assert len(counts) == old
             assert counts.sum() == len(step["x"]) == (7 if k % 6 < 5 else 5)
             assert counts.max() - counts.min() <= 1
+    for k in (1, 2):  # no draw is given twice
+        drawn = torch.cat([step["replay"][0] for step in steps[6 * k : 6 * k + 6]])
+        assert len(drawn.unique(dim=0)) == len(drawn) == 40
 
 
 # what is written --------------------------------------------------------------------------------
