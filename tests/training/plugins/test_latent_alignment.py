@@ -17,6 +17,7 @@ from avalanche_ext import DRLPlugin
 from avalanche_ext.benchmarks.digits import split_digits
 from avalanche_ext.evaluation.accounting import bytes_by_kind
 from avalanche_ext.functional.linear_map import r_squared, ridge
+from avalanche_ext.models.frozen import FrozenCopy
 from avalanche_ext.models.mlp import MLP
 from avalanche_ext.training.plugins.latent_alignment import LatentAlignmentPlugin
 from avalanche_ext.training.plugins.precision import PrecisionPlugin
@@ -195,10 +196,12 @@ def test_a_batch_of_several_tasks_goes_to_each_ones_space(model):
     strategy.is_training = False
     strategy.model.eval()
     strategy.experience = stream.test_stream[0]
-    with torch.no_grad():
-        found = plugin._forward(strategy, type(strategy).forward.__get__(strategy))
-    for i, (task, row) in enumerate(zip(tasks.tolist(), found, strict=True)):
-        torch.testing.assert_close(row, alone[task][i // 3], atol=1e-4, rtol=1e-4)
+    for old in (None, FrozenCopy(strategy.model)):  # the latter as during a later task
+        plugin._old = old
+        with torch.no_grad():
+            found = plugin._forward(strategy, type(strategy).forward.__get__(strategy))
+        for i, (task, row) in enumerate(zip(tasks.tolist(), found, strict=True)):
+            torch.testing.assert_close(row, alone[task][i // 3], atol=1e-4, rtol=1e-4)
 
 
 def test_during_training_earlier_tasks_are_asked_of_the_last_embedder():
