@@ -10,7 +10,6 @@ leave batch statistics and random states alone, and put every module's mode back
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from torch.utils.data import DataLoader
 from avalanche_ext.functional.importance import sampled_labels
 from avalanche_ext.models.heads import FixedSizeClassifier
 from avalanche_ext.models.modes import evaluating
+from avalanche_ext.models.network_split import as_written
 from avalanche_ext.training.checks import check_nonnegative, check_one_of
 from avalanche_ext.training.loading.sampling import seeded
 from avalanche_ext.training.representation_penalty import bare
@@ -121,7 +121,7 @@ class _PerSample(Importance):
             model, trainable(model), objective=self._objective, of=self._of, labels=self._labels,
             owner=type(self).__name__,
         )  # fmt: skip
-        with evaluating(model), _uncompiled(model):
+        with evaluating(model), as_written(model):
             for x, y, *_, tasks in ((*batch, batch[-1]) for batch in loader):
                 own, uniform = uniform.tensor_split([len(x)])
                 for task in tasks.unique().tolist() if is_multi_task_module(model) else (None,):
@@ -198,19 +198,6 @@ class OutputNorm(_PerSample):
 
     def _of(self, gradient: Tensor) -> Tensor:
         return gradient.abs()
-
-
-@contextmanager
-def _uncompiled(model: nn.Module) -> Iterator[None]:
-    """Modules that were compiled in place run as they are written: dynamo fails inside vmap."""
-    compiled = {m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl}
-    for module in compiled:
-        module._compiled_call_impl = None
-    try:
-        yield
-    finally:
-        for module, call in compiled.items():
-            module._compiled_call_impl = call
 
 
 def _trained_rows(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
