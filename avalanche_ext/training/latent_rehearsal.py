@@ -26,7 +26,11 @@ from avalanche_ext.training.loading.flat_data import attribute_values
 from avalanche_ext.training.loading.sampling import seeded
 from avalanche_ext.training.loading.sources import TensorSource, source_for
 from avalanche_ext.training.publishing import publish
-from avalanche_ext.training.replay_sources import classes_of, whole_experience
+from avalanche_ext.training.replay_sources import (
+    check_one_mixture,
+    classes_of,
+    whole_experience,
+)
 from avalanche_ext.training.representation_penalty import bare
 from avalanche_ext.training.wrapping import unwrap, wrap
 
@@ -105,6 +109,11 @@ class LatentRehearsal(SupervisedPlugin):
         self._steps = 0
 
     @property
+    def mixes_criterion(self) -> bool:
+        """See ``check_one_mixture``."""
+        return self.r != 1
+
+    @property
     def bytes_remembered(self) -> int:
         """Bytes of the memory between experiences."""
         return self.memory.nbytes
@@ -141,19 +150,15 @@ class LatentRehearsal(SupervisedPlugin):
             self._close(strategy)  # an online stream does not always say which part is the last
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        """Weigh the new data against what came before."""
+        """Cut the network, and weigh the new data against what came before."""
         if self.r == 1:
             return
-        self._split = None  # adaptation may have replaced modules
+        check_one_mixture(self, strategy)
         if _at_task_boundary(strategy.experience, before=True):
             self._open(whole_experience(strategy.experience))
+        self._cut(strategy)  # adaptation may have replaced modules
         if self._weight < 1:
             wrap(strategy, "criterion", self._criterion)
-
-    def before_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
-        """Cut the network when the first batch tells the layers' order, before others listen."""
-        if self.r != 1 and self._split is None:
-            self._cut(strategy)
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Let the memory learn the experience."""
@@ -178,9 +183,11 @@ class LatentRehearsal(SupervisedPlugin):
         self._pool, self._at, self._sum, self._steps = None, 0, None, 0
 
     def _cut(self, strategy: Any) -> None:
-        model, x = bare(strategy.model), strategy.mb_x[:2]
+        model, data = bare(strategy.model), strategy.experience.dataset.eval()
         self._split = NetworkSplit(model, self.layer)
-        with evaluating(model):
+        with evaluating(model), torch.random.fork_rng(devices=[]):
+            x = source_for(strategy, data).gather(torch.arange(min(2, len(data))))[0]
+            x = x.to(strategy.device)
             self._split.check(x)
             parameters, self._encoder = self._split.encoder_parts(x)
             with torch.no_grad():

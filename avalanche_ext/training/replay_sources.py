@@ -22,6 +22,7 @@ __all__ = [
     "NoiseReplay",
     "ReplaySource",
     "check_new_data_weight",
+    "check_one_mixture",
     "classes_of",
     "whole_experience",
 ]
@@ -162,6 +163,25 @@ def classes_of(experience: Any) -> list[int]:
     """Its classes, in ascending order."""
     known = getattr(experience, "classes_in_this_experience", None)
     return sorted({int(c) for c in (experience.dataset.targets if known is None else known)})
+
+
+def check_one_mixture(plugin: Any, strategy: Any) -> None:
+    """Raise if another plugin weighs its replay against the new data as well.
+
+    Such a plugin says so by ``mixes_criterion``. The weights of two would multiply, in the order of
+    the plugins.
+    """
+    others = [
+        type(p).__name__
+        for p in strategy.plugins
+        if p is not plugin and getattr(p, "mixes_criterion", False)
+    ]
+    if others:
+        raise ValueError(
+            f"{type(plugin).__name__} weighs new data against its replay, and so does "
+            f"{others[0]}: what the new data count would depend on their order. Use one of them, "
+            f"or ERPlugin or BERPlugin beside it."
+        )
 
 
 def check_new_data_weight(owner: str, r: Any) -> None:

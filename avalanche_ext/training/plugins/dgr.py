@@ -48,6 +48,7 @@ from avalanche_ext.training.publishing import publish
 from avalanche_ext.training.replay_sources import (
     ReplaySource,
     check_new_data_weight,
+    check_one_mixture,
     classes_of,
     whole_experience,
 )
@@ -136,6 +137,11 @@ class DGRPlugin(SupervisedPlugin):
         self._sum: Tensor | None = None
         self._steps = 0
 
+    @property
+    def mixes_criterion(self) -> bool:
+        """See ``check_one_mixture``."""
+        return self.r != 1
+
     # an experience --------------------------------------------------------------------------
 
     def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
@@ -152,6 +158,7 @@ class DGRPlugin(SupervisedPlugin):
         """Prepare the replay of what came before."""
         if self.r == 1:
             return
+        check_one_mixture(self, strategy)
         if _at_task_boundary(strategy.experience, before=True):
             self._open(strategy)
         if self.schedule == "before":
