@@ -87,8 +87,9 @@ def bytes_by_kind(strategy: Any) -> dict[str, int]:
     counted: set[int] = {id(p) for p in strategy.model.parameters()}
     counted |= {id(b) for b in strategy.model.buffers()} | {id(strategy.model), id(strategy)}
     sizes = {"exemplars": bytes_remembered(strategy), "networks": 0, "tensors": 0}
-    for module in strategy.model.modules():  # what it keeps beside itself, in a list
-        _walk([v for v in vars(module).values() if type(v) is list], counted, sizes)
+    beside = [v for m in strategy.model.modules() for v in vars(m).values() if type(v) is list]
+    beside += [v for v in vars(strategy).values() if isinstance(v, nn.Module)]
+    _walk(beside, counted, sizes)
     for plugin in strategy.plugins:
         if not isinstance(plugin, _TRANSIENT) and not hasattr(plugin, "bytes_remembered"):
             _walk(plugin, counted, sizes)

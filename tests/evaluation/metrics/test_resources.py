@@ -10,7 +10,7 @@ from avalanche.models.icarl_resnet import make_icarl_net
 from avalanche.training.plugins import EvaluationPlugin, ReplayPlugin
 from torch import nn
 
-from avalanche_ext import MLP, BERPlugin, DRLPlugin
+from avalanche_ext import DGM, MLP, BERPlugin, Discriminator, DRLPlugin, MaskedGenerator
 from avalanche_ext.evaluation.accounting import (
     bytes_by_kind,
     bytes_remembered,
@@ -189,3 +189,12 @@ def test_bytes_by_kind_of_methods_that_keep_other_things():
     assert kinds["ber"] == {"exemplars": exemplars, "networks": 0, "tensors": 0}
     assert exemplars == 2 * 5 * (4 * 8 + 8 + 8)
     assert kinds["both"] == {**kinds["ewc"], "exemplars": exemplars}
+
+
+def test_a_generator_that_the_strategy_holds_is_a_network():
+    sizes = {"n_classes": 3, "network": "mlp", "widths": (5,), "value_range": None}
+    generator = MaskedGenerator((4,), latent=2, **sizes)
+    strategy = DGM(model=Discriminator((4,), **sizes), generator=generator, evaluator=None)
+    held = sum(t.nbytes for t in (*generator.parameters(), *generator.buffers()))
+    assert bytes_by_kind(strategy) == {"exemplars": 0, "networks": held, "tensors": 0}
+    assert held > 0
