@@ -170,12 +170,12 @@ def draw_sparsity(methods: dict[str, Any], path: Path) -> None:
                     tasks, mean[:, layer], spread[:, layer], label=key, marker="osd^v"[k],
                     color=plt.get_cmap("tab10")(k), capsize=2,
                 )  # fmt: skip
-            axes.set_ylim(0, 100)
+            axes.set_ylim(0, 105)
             axes.set_xticks(tasks)
             axes.set_title(f"layer {layer + 1}: {text}", fontsize=9)
             if layer:
                 axes.set_xlabel("after task")
-    grid[0][0].legend(fontsize=8)
+    grid[0][0].legend(fontsize=8, loc="center right")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

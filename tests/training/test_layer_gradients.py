@@ -148,6 +148,14 @@ def test_a_layer_that_does_not_tell_everything_is_noticed(make):
     assert layers.sums(loss_of(model, x, y), torch.square) is None
 
 
+def test_a_layer_that_runs_twice_in_a_later_batch_is_noticed():
+    torch.manual_seed(0)
+    model, x, y = Twice().eval(), torch.randn(6, 4), torch.randint(3, (6,))
+    layers = layered(model)
+    layers.checked = True  # as after a first batch that it passed once
+    assert layers.sums(loss_of(model, x, y), torch.square) is None
+
+
 @pytest.mark.parametrize(
     "model",
     [
