@@ -192,7 +192,7 @@ RECIPES: dict[str, Recipe] = {
     **{
         f"{key}/split_digits": DGMRecipe(
             name=f"{key}/split_digits", method=key, benchmark=SplitDigits(), batch_size=32,
-            epochs=60,
+            epochs=60, baselines=() if key == "dgm_w" else ("dgm_w/split_digits",),
         )
         for key in ("dgm_w", "dgm_a")
     },
