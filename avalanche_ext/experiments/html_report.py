@@ -4,7 +4,7 @@ Everything on it follows from the records of the run folder; the same records gi
 Of ``result.json`` it uses, where they are there, ``per_class_accuracy`` (one share per class after
 the last experience, ``null`` where no sample was tested), ``seconds_per_experience``,
 ``peak_rss_bytes``, ``peak_device_bytes`` and ``flops_per_sample``; a chart whose numbers some seed
-lacks is left out.
+lacks is left out. Pictures of samples come from the ``samples`` folder of the first seed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,14 @@ from avalanche_ext.evaluation.tables import (
     measured_fields,
     table_cells,
 )
-from avalanche_ext.experiments.page_parts import bars, details, figure, settings_table, table
+from avalanche_ext.experiments.page_parts import (
+    bars,
+    details,
+    figure,
+    settings_table,
+    strips,
+    table,
+)
 from avalanche_ext.experiments.run_folder import Run, changed_settings, with_all_metrics
 from avalanche_ext.experiments.svg_charts import (
     PALETTE,
@@ -46,7 +53,17 @@ _PLAIN = ("title", "recipe", "seeds", "accuracy_matrices")
 def page(run: Run) -> str:
     """The page as text."""
     style = resources.files("avalanche_ext.experiments").joinpath("report_style.css")
-    sections = [_results, _curves, _matrices, _classes, _channels, _costs, _protocol]
+    sections = [
+        _results,
+        _curves,
+        _matrices,
+        _classes,
+        _samples,
+        _channels,
+        _capacity,
+        _costs,
+        _protocol,
+    ]
     return "\n".join(
         [
             "<!DOCTYPE html>",
@@ -239,6 +256,24 @@ def _classes(run: Run) -> str:
     )
 
 
+def _samples(run: Run) -> str:
+    figures = []
+    for k, row in enumerate(run.rows):
+        pictures = [
+            ("real" if name == "real" else f"after {int(name.removeprefix('exp_')) + 1}", png)
+            for name, png in run.samples.get(row["recipe"], [])
+        ]
+        if pictures:
+            figures.append(figure(_name(run, k), "", strips(pictures)))
+    if not figures:
+        return ""
+    return (
+        "<section><h2>What is remembered</h2><p>Samples of the generator after each experience, "
+        "from the same noise each time: what changes from row to row is what was forgotten. Of "
+        f'the first seed.</p><div class="wide-charts">{"".join(figures)}</div></section>'
+    )
+
+
 def _channels(run: Run) -> str:
     figures = []
     for k, row in enumerate(run.rows):
@@ -259,6 +294,31 @@ def _channels(run: Run) -> str:
         f'{_over(run, "Numbers", "tooltips add")}</p><div class="grid-of-charts">'
         f"{''.join(figures)}</div></section>"
     )
+
+
+def _capacity(run: Run) -> str:
+    figures = []
+    for k, row in enumerate(run.rows):
+        taken = [r["capacity"] for r in run.results[row["recipe"]] if r.get("capacity")][:1]
+        if not taken:
+            continue
+        head = ["after", *(f"{layer}: {kind}" for layer in taken[0][0] for kind in _TAKEN)]
+        cells = [
+            [str(i + 1), *(f"{gates[kind]:,}" for gates in layers.values() for kind in _TAKEN)]
+            for i, layers in enumerate(taken[0])
+        ]
+        body = table([head, *cells], [line[0] for line in cells], row["title"])
+        figures.append(figure(_name(run, k), "", body))
+    if not figures:
+        return ""
+    return (
+        "<section><h2>Capacity of the generator</h2><p>Gates of each layer that an experience was "
+        "the first to use, that it shares with earlier ones, and that are free. Of the first "
+        f'seed.</p><div class="wide-charts">{"".join(figures)}</div></section>'
+    )
+
+
+_TAKEN = ("new", "reused", "free")
 
 
 def _costs(run: Run) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-__all__ = ["bars", "details", "figure", "settings_table", "table"]
+__all__ = ["bars", "details", "figure", "settings_table", "strips", "table"]
 
 
 def table(
@@ -69,6 +70,18 @@ def bars(
             f"{bar}</div></li>"
         )
     return f'<ul class="bars">{"".join(lines)}</ul>'
+
+
+def strips(pictures: Sequence[tuple[str, bytes]]) -> str:
+    """Pictures (PNG) one below the other, each with its name in front."""
+    lines = []
+    for name, png in pictures:
+        data = base64.b64encode(png).decode("ascii")
+        lines.append(
+            f"<li><span>{escape(name)}</span>"
+            f'<img alt="samples, {escape(name)}" src="data:image/png;base64,{data}"></li>'
+        )
+    return f'<ul class="strips">{"".join(lines)}</ul>'
 
 
 def settings_table(recipes: Sequence[tuple[str, Mapping[str, Any]]]) -> str:

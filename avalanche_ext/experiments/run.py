@@ -26,6 +26,7 @@ from avalanche_ext.evaluation.metrics.challenge import ChallengeMetrics
 from avalanche_ext.evaluation.metrics.device import accuracy_metrics, loss_metrics
 from avalanche_ext.evaluation.tables import COLUMNS, measured_fields
 from avalanche_ext.experiments.checkpoint import Checkpoints
+from avalanche_ext.experiments.generation import GENERATION_COLUMNS, GenerationWatch
 from avalanche_ext.experiments.observers import ClassCounter, Logs, Progress, SampleCounter
 from avalanche_ext.experiments.provenance import commit, peak_memory, versions
 from avalanche_ext.experiments.sample_grids import SampleGrids
@@ -201,9 +202,13 @@ def run_seed(
         saved, strategy, benchmark, every=checkpoint_every, trusted=trust_checkpoint,
         log_position=logs.position, rewind_logs=logs.rewind,
     )  # fmt: skip
+    watch = GenerationWatch(
+        strategy, benchmark, recipe.benchmark.n_outputs, folder, logs.board.writer
+    )
     done = checkpoints.resume()
     matrix, seconds = done.get("accuracy_matrix", []), done.get("seconds_per_experience", [])
     sizes = done.get("parameters_per_experience", [])
+    made = done.get("generation_per_experience", [])
     progress.skip(len(matrix))
     for k, experience in enumerate(benchmark.train_stream):
         if k < len(matrix):
@@ -213,11 +218,13 @@ def run_seed(
         checkpoints.train(k, experience)
         seconds.append(time.perf_counter() - start)
         sizes.append(count_parameters(strategy.model))
+        made += watch.after_experience(k)
         matrix.append(_accuracies(strategy.eval(watched), watched.name))
         checkpoints.save(k + 1, {
             "accuracy_matrix": matrix,
             "seconds_per_experience": seconds,
             "parameters_per_experience": sizes,
+            "generation_per_experience": made,
         })  # fmt: skip
     progress.close()
     final = {}
@@ -248,6 +255,7 @@ def run_seed(
         "parameters_mean": sum(sizes) / len(sizes),
         "parameters_per_experience": sizes,
         **({"channels_kept": kept_shares} if kept_shares else {}),
+        **watch.summary(made),
         "flops_per_sample": _flops(strategy, watched),
         "bytes_remembered": sum(kept.values()),
         "bytes_by_kind": kept,
@@ -338,7 +346,7 @@ def summarise(homes: Iterable[Path], recipe: Recipe) -> dict[str, Any]:
     if not recipe.title and getattr(recipe, "mode", "per_group") != "per_group":
         title += f" {recipe.mode}"  # type: ignore[attr-defined]
     # The rest is in each result.json, and in the report's table of all metrics.
-    more = ("test_accuracy", "average_validation_accuracy", "parameters_mean")
+    more = ("test_accuracy", "average_validation_accuracy", "parameters_mean", *GENERATION_COLUMNS)
     shown = {*more, *(c[0] for c in COLUMNS), *(p.quantity for p in recipe.published)}
     return {
         "title": title,

@@ -37,6 +37,7 @@ class Run:
             where the recipes are on record.
         settings: The resolved recipes on record, by name.
         results: The ``result.json`` of each seed on record, by recipe.
+        samples: Pictures of what the generator of the first seed makes, by recipe: name and PNG.
     """
 
     folder: Path
@@ -46,6 +47,7 @@ class Run:
     rows: list[dict[str, Any]]
     settings: dict[str, dict[str, Any]]
     results: dict[str, list[dict[str, Any]]]
+    samples: dict[str, list[tuple[str, bytes]]]
 
 
 def read_run(folder: Path) -> Run:
@@ -62,13 +64,14 @@ def read_run(folder: Path) -> Run:
     if not isinstance(summary, dict) or not isinstance(summary.get("rows"), list):
         raise ValueError(f"{path} has no 'rows'; it is not the summary of a run.")
     name, versions = summary.get("recipe", ""), summary.get("versions", {})
-    rows, settings, results = [], {}, {}
+    rows, settings, results, samples = [], {}, {}, {}
     for row in summary["rows"]:
         recipe = row["recipe"]
         home = folder if recipe == name else folder / "baselines" / recipe.replace("/", "__")
         recorded = row.get("settings") or _settings(home, recipe)
         recorded = completed(recorded) if recorded else None
         results[recipe] = _results(home, recipe, recorded)
+        samples[recipe] = _samples(home, results[recipe])
         extra: dict[str, Any] = {}
         if recorded:
             settings[recipe] = recorded
@@ -77,7 +80,7 @@ def read_run(folder: Path) -> Run:
                 extra["published"] = recorded["published"]
                 extra["changed"] = changed_settings(recorded)
         rows.append({**row, **extra})
-    return Run(folder, name, summary.get("device", ""), versions, rows, settings, results)
+    return Run(folder, name, summary.get("device", ""), versions, rows, settings, results, samples)
 
 
 def with_all_metrics(run: Run) -> list[dict[str, Any]]:
@@ -146,6 +149,17 @@ def _results(home: Path, recipe: str, settings: Mapping[str, Any] | None) -> lis
         and (not orders or r.get("order_seed") in orders)
     ]  # fmt: skip
     return sorted(mine, key=lambda result: (result["seed"], result.get("order_seed") or 0))
+
+
+def _samples(home: Path, results: list[dict[str, Any]]) -> list[tuple[str, bytes]]:
+    """Strips of the first seed: the real samples, then those after each experience."""
+    if not results or "generation_per_experience" not in results[0]:
+        return []
+    seed, order = results[0]["seed"], results[0].get("order_seed")
+    folder = home / (f"seed_{seed}" + ("" if order is None else f"_order_{order}")) / "samples"
+    names = ["real", *(f"exp_{k}" for k in range(len(results[0]["generation_per_experience"])))]
+    paths = [folder / f"{name}.png" for name in names]
+    return [(path.stem, path.read_bytes()) for path in paths if path.exists()]
 
 
 def _json(path: Path) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from html.parser import HTMLParser
@@ -26,7 +27,7 @@ from avalanche_ext.experiments.svg_charts import (
 from tests.experiments.run_folders import SYSTEMS, published, write_run
 
 NAIVE, ER, MAIN = SYSTEMS
-VOID = {"meta", "br"}
+VOID = {"meta", "br", "img"}
 
 
 class Page(HTMLParser):
@@ -324,3 +325,26 @@ def test_channels_kept_are_drawn_where_the_records_have_them(tmp_path):
     assert told[0] == "extractor 1, conv1: 50.0 ± 35.4 %"
     assert told[3] == "extractor 2, layer1.0: 50.0 ± 35.4 %"
     assert "Means of the rows: 50.0, 75.0 %" in text
+
+
+def test_samples_and_capacity_of_a_generator_are_shown_where_the_records_have_them(tmp_path):
+    write_run(tmp_path)
+    assert "What is remembered" not in page(read_run(tmp_path))
+    layers = {"layer0": {"used": 1203, "new": 1200, "reused": 3, "free": 77}}
+    for seed in (0, 1):
+        path = tmp_path / f"seed_{seed}" / "result.json"
+        result = json.loads(path.read_text())
+        result["generation_per_experience"] = [{}, {}]
+        result["capacity"] = [layers, layers]
+        path.write_text(json.dumps(result))
+        (path.parent / "samples").mkdir()
+        for name in ("real", "exp_0", "exp_1", "other"):
+            (path.parent / "samples" / f"{name}.png").write_bytes(f"{seed} {name}".encode())
+    found = Page(page(read_run(tmp_path)))
+    images = [v for tag, name, v in found.attributes if (tag, name) == ("img", "src")]
+    contents = [base64.b64decode(v.removeprefix("data:image/png;base64,")) for v in images]
+    assert contents == [b"0 real", b"0 exp_0", b"0 exp_1"]  # of the first seed
+    said = [v for tag, name, v in found.attributes if (tag, name) == ("img", "alt")]
+    assert said == ["samples, real", "samples, after 1", "samples, after 2"]
+    assert ["after", "layer0: new", "layer0: reused", "layer0: free"] in found.rows
+    assert ["2", "1,200", "3", "77"] in found.rows

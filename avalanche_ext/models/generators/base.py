@@ -23,8 +23,12 @@ class Generator(Protocol):
     """Anything that gives samples."""
 
     in_shape: tuple[int, ...]
-    conditional: bool
     seen: list[int]  # classes that have been learnt
+
+    @property
+    def conditional(self) -> bool:
+        """Whether samples can be asked for by class."""
+        ...
 
     def sample(
         self, n: int, classes: Sequence[int] | None = None, generator: Draws | None = None
