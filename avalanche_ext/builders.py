@@ -170,7 +170,7 @@ def _generator(recipe: Any) -> Any:
         torch.manual_seed(torch.initial_seed() + 1)
         model = build_generator(
             recipe.generator, benchmark.in_shape, benchmark.n_outputs,
-            value_range=benchmark.value_range,
+            value_range=benchmark.value_range, widths=recipe.generator_widths,
         )  # fmt: skip
     return GeneratorTraining(
         model=model, lr=recipe.generator_lr, r=_weight(recipe.generator_r),

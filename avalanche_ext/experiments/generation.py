@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from avalanche.benchmarks.utils import concat_datasets
 from avalanche.training.determinism.rng_manager import RNGManager
-from avalanche.training.plugins import EvaluationPlugin
 from avalanche.training.supervised import JointTraining
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
@@ -145,7 +144,7 @@ class GenerationWatch:
             criterion=nn.CrossEntropyLoss(), train_mb_size=_BATCH,
             train_epochs=self._epochs,
             device=self.strategy.device, plugins=[DeviceDataPlugin()],
-            evaluator=EvaluationPlugin(loggers=[], strict_checks=False),
+            evaluator=None,
         )  # fmt: skip
         training.train(self.benchmark.train_stream)
         network.eval()

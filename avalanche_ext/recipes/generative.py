@@ -37,6 +37,7 @@ class GenerativeRecipe(Recipe):
     Args:
         replay: Where samples come from: ``"generator"``, ``"noise"`` or ``"exact"``.
         generator: Its name in ``models.generators.build``.
+        generator_widths: Its hidden widths, where they are not those of its name.
         labels: ``"hard"`` or ``"soft"`` of the last solver, or ``"source"``.
         r: Weight of the new data: ``"1/t"``, ``"class_ratio"`` or a number.
         generator_r: The same for the generator's own training.
@@ -54,6 +55,7 @@ class GenerativeRecipe(Recipe):
     batch_size: int = 64
     replay: str = "generator"
     generator: str = "small_vae"
+    generator_widths: tuple[int, ...] | None = None
     labels: str = "hard"
     r: str = "1/t"
     generator_r: str = "1/t"

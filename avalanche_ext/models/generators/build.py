@@ -34,6 +34,7 @@ def build_generator(
     n_classes: int,
     *,
     value_range: ValueRange = (0.0, 1.0),
+    widths: Sequence[int] | None = None,
 ) -> GenerativeModel:
     """The generator of that name.
 
@@ -44,6 +45,7 @@ def build_generator(
         in_shape: Shape of one sample.
         n_classes: Classes of a conditional generator; others leave it out of account.
         value_range: Lowest and highest value of the data; ``None`` for data without bounds.
+        widths: Hidden widths instead of those of the name.
 
     Raises:
         ValueError: For an unknown name (near matches are listed), or a size that the generator
@@ -56,6 +58,8 @@ def build_generator(
             f"{', '.join(GENERATORS)}."
         )
     cls, conditional, sizes = GENERATORS[name]
+    if widths is not None:
+        sizes = {**sizes, "hidden" if cls is VAE else "widths": tuple(widths)}
     return cls(
         in_shape, n_classes=n_classes if conditional else 0, value_range=value_range, **sizes
     )
