@@ -244,13 +244,14 @@ def _heads_in_float32(model: nn.Module) -> Iterator[None]:
     if isinstance(model, MultiTaskModule):
         modules = [m for m in model.modules() if isinstance(m, MultiTaskModule)]
     modules = [m for m in modules if "forward_single_task" not in vars(m)]
+    # Past __setattr__: that of as_multitask's decorator hands on to the network inside.
     for module in modules:
-        module.forward_single_task = _SingleTask(module)
+        vars(module)["forward_single_task"] = _SingleTask(module)
     try:
         yield
     finally:
         for module in modules:
-            del module.forward_single_task
+            del vars(module)["forward_single_task"]
 
 
 class _SingleTask:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from collections import OrderedDict
 from types import SimpleNamespace
 
 import pytest
 import torch
-from avalanche.models import MultiHeadClassifier, MultiTaskModule
+from avalanche.models import MultiHeadClassifier, MultiTaskModule, as_multitask
 from avalanche.training.plugins import (
     EWCPlugin,
     GEMPlugin,
@@ -222,10 +223,18 @@ class MultiHead(MultiTaskModule):
         return self.classifier(torch.relu(self.features(x)), task_labels)
 
 
+def decorated():
+    """Its attributes are set on the network inside."""
+    return as_multitask(
+        nn.Sequential(OrderedDict(body=nn.Linear(8, 16), head=nn.Linear(16, 6))), "head"
+    )
+
+
+@pytest.mark.parametrize("model", [MultiHead, decorated])
 @pytest.mark.parametrize("precision", DTYPES)
-def test_a_multi_head_model(precision):
+def test_a_multi_head_model(precision, model):
     stream = class_stream(task_labels=True)
-    strategy = train([PrecisionPlugin(precision)], model=MultiHead(), stream=stream.train_stream)
+    strategy = train([PrecisionPlugin(precision)], model=model(), stream=stream.train_stream)
     strategy.eval(stream.test_stream)
     assert torch.isfinite(weights(strategy)).all()
     assert not any("forward_single_task" in vars(m) for m in strategy.model.modules())
