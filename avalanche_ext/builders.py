@@ -247,7 +247,7 @@ def latent_alignment(recipe: Any, plugins: list[Any], **options: Any) -> Any:
     from avalanche.training.supervised import Naive
 
     from avalanche_ext import LatentAlignmentPlugin
-    from avalanche_ext.experiments.run import build_model, build_optimizer
+    from avalanche_ext.experiments.build import build_model, build_optimizer
 
     model = build_model(recipe)
     plugin = LatentAlignmentPlugin(recipe.bridge, compose=recipe.compose, lam=recipe.lam)

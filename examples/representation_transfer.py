@@ -50,8 +50,8 @@ from avalanche_ext.evaluation.metrics.matrix import AccuracyMatrixMetrics
 from avalanche_ext.evaluation.metrics.representation import RepresentationTransfer
 from avalanche_ext.evaluation.representation import representation_accuracies
 from avalanche_ext.evaluation.tables import aggregate
+from avalanche_ext.experiments.build import build_model, build_strategy
 from avalanche_ext.experiments.provenance import commit, versions
-from avalanche_ext.experiments.run import build_model, build_strategy
 from avalanche_ext.recipes import Recipe, find_recipe
 from avalanche_ext.recipes.settings import to_json
 from avalanche_ext.training.schedule import Schedule, set_rate

@@ -34,8 +34,8 @@ from avalanche_ext import SparsityMetrics
 from avalanche_ext.evaluation.metrics.device import accuracy_metrics
 from avalanche_ext.evaluation.metrics.sparsity import HISTOGRAM_EDGES
 from avalanche_ext.evaluation.tables import aggregate
+from avalanche_ext.experiments.build import build_strategy
 from avalanche_ext.experiments.provenance import commit, versions
-from avalanche_ext.experiments.run import build_strategy
 from avalanche_ext.recipes import Recipe, find_recipe
 
 RESULTS = Path(__file__).parent / "results"

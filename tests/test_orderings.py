@@ -11,7 +11,8 @@ from avalanche.training.plugins import EvaluationPlugin
 
 from avalanche_ext import MLP, BERPlugin, DRLPlugin, SparsityMetrics
 from avalanche_ext.benchmarks import split_mnist
-from avalanche_ext.experiments.run import build_strategy, run_seed
+from avalanche_ext.experiments.build import build_strategy
+from avalanche_ext.experiments.run import run_seed
 from avalanche_ext.recipes import find_recipe
 from tests.conftest import naive
 

@@ -35,9 +35,9 @@ from avalanche_ext.experiments.benchmark_checks import (
     check_streams,
     first_line,
 )
+from avalanche_ext.experiments.build import build_strategy
 from avalanche_ext.experiments.forecast import Forecast, available_bytes, forecast
 from avalanche_ext.experiments.micro_steps import take_micro_steps
-from avalanche_ext.experiments.run import build_strategy
 from avalanche_ext.recipes import Recipe
 
 __all__ = ["Examination", "Finding", "examine", "examine_recipe", "forecast_text", "memory_text"]

@@ -139,12 +139,13 @@ class GenerationWatch:
 
     def _trained_judge(self, generator: GenerativeModel) -> nn.Module:
         network = self._network(generator)
+        nothing: Any = None
         training = JointTraining(
             model=network, optimizer=torch.optim.Adam(network.parameters()),
             criterion=nn.CrossEntropyLoss(), train_mb_size=_BATCH,
             train_epochs=self._epochs,
             device=self.strategy.device, plugins=[DeviceDataPlugin()],
-            evaluator=None,
+            evaluator=nothing,  # to measure
         )  # fmt: skip
         training.train(self.benchmark.train_stream)
         network.eval()

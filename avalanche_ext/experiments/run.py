@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from avalanche.models import as_multitask
 from avalanche.training.determinism.rng_manager import RNGManager
 from avalanche.training.plugins import EvaluationPlugin
 
@@ -25,22 +23,17 @@ from avalanche_ext.evaluation.challenge import average_validation_accuracy
 from avalanche_ext.evaluation.metrics.challenge import ChallengeMetrics
 from avalanche_ext.evaluation.metrics.device import accuracy_metrics, loss_metrics
 from avalanche_ext.evaluation.tables import COLUMNS, measured_fields
+from avalanche_ext.experiments.build import build_strategy
 from avalanche_ext.experiments.checkpoint import Checkpoints
 from avalanche_ext.experiments.generation import GENERATION_COLUMNS, GenerationWatch
 from avalanche_ext.experiments.observers import ClassCounter, Logs, Progress, SampleCounter
 from avalanche_ext.experiments.provenance import commit, peak_memory, versions
 from avalanche_ext.experiments.sample_grids import SampleGrids
-from avalanche_ext.models.backbones import build_backbone, freeze
 from avalanche_ext.recipes import Recipe
 from avalanche_ext.recipes.settings import completed, to_json
-from avalanche_ext.training.plugins.device_data import DeviceDataPlugin
-from avalanche_ext.training.plugins.schedule import SchedulePlugin
-from avalanche_ext.training.schedule import Schedule
 
 __all__ = [
     "FinishedError",
-    "build_model",
-    "build_strategy",
     "member_folders",
     "run_folders",
     "run_recipe",
@@ -272,66 +265,6 @@ def run_seed(
     _write_json(folder / "result.json", result)
     checkpoints.clear()
     return result
-
-
-def build_strategy(
-    recipe: Recipe,
-    *,
-    plugins: Sequence[Any] = (),
-    evaluator: EvaluationPlugin | None = None,
-    device: str = "cpu",
-) -> Any:
-    """The Avalanche strategy of a recipe: network, optimizer, the method's plugins, ``plugins``.
-
-    Data stay in tensors on the device (``DeviceDataPlugin``), which changes no number.
-    The network's first weights come from torch's global random state: seed it before.
-    """
-    card = find_card(recipe.method)
-    options: dict[str, Any] = {
-        "criterion": torch.nn.CrossEntropyLoss(),
-        "train_mb_size": recipe.batch_size,
-        "train_epochs": recipe.epochs,
-        "eval_mb_size": 512,
-        "device": device,
-        "plugins": [DeviceDataPlugin(), *card.build(recipe), *plugins],
-        "evaluator": evaluator,
-    }
-    if card.make is not None:
-        return card.make(recipe, **options)
-    if recipe.warmup_epochs or recipe.milestones:
-        schedule = Schedule(recipe.lr, recipe.warmup_epochs, recipe.milestones)
-        options["plugins"].insert(0, SchedulePlugin(schedule))
-    model = build_model(recipe)
-    optimizer = build_optimizer(recipe, model)
-    return card.strategy_class()(model=model, optimizer=optimizer, **options)
-
-
-def build_optimizer(recipe: Recipe, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of a recipe over all parameters of its network."""
-    if recipe.optimizer == "adam":
-        return torch.optim.Adam(
-            model.parameters(), recipe.lr, weight_decay=recipe.weight_decay, fused=True
-        )
-    return torch.optim.SGD(
-        model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay
-    )
-
-
-def build_model(recipe: Recipe) -> torch.nn.Module:
-    """The network of a recipe, its first weights from torch's global random state.
-
-    With one head, or one for each experience of a task-incremental benchmark.
-    """
-    model = build_backbone(
-        recipe.backbone, recipe.benchmark.n_outputs, recipe.benchmark.in_shape,
-        pretrained=recipe.pretrained, hidden=recipe.hidden,
-    )  # fmt: skip
-    freeze(model, recipe.freeze)
-    if getattr(recipe.benchmark, "scenario", "class") == "task":
-        # A head per task label; they are made as the experiences come.
-        name = getattr(model, "default_cfg", {}).get("classifier")
-        model = as_multitask(model, name or ("fc" if hasattr(model, "fc") else "classifier"))
-    return model
 
 
 def watched_stream(benchmark: Any) -> Any:

@@ -33,6 +33,8 @@ class Recipe:
         benchmark: The stream.
         backbone: The network, a name of ``models.backbones.build_backbone``.
         hidden: Widths of the hidden layers, if it is ``"mlp"``.
+        head: ``"fixed"``: all units from the start; ``"growing"``: those of classes that were
+            trained on, as Avalanche's ``IncrementalClassifier``.
         pretrained: Start from ImageNet's weights: ``true``, or a file that holds them.
         freeze: Names of the network's modules that are not trained.
         optimizer: ``"sgd"`` or ``"adam"``.
@@ -62,6 +64,7 @@ class Recipe:
     benchmark: BenchmarkSettings
     backbone: str = "mlp"
     hidden: tuple[int, ...] = (100, 100)
+    head: str = "fixed"
     pretrained: bool | str = False
     freeze: tuple[str, ...] = ()
     optimizer: str = "sgd"
@@ -84,6 +87,8 @@ class Recipe:
             raise ValueError(
                 f"{self.name}: expected optimizer 'sgd' or 'adam'; got {self.optimizer!r}."
             )
+        if self.head not in ("fixed", "growing"):
+            raise ValueError(f"{self.name}: expected head 'fixed' or 'growing'; got {self.head!r}.")
         if self.optimizer == "adam" and self.momentum:
             raise ValueError(
                 f"{self.name}: momentum is SGD's; got momentum={self.momentum} with "

@@ -15,7 +15,7 @@ from avalanche.training.plugins import EWCPlugin, LwFPlugin, ReplayPlugin, Super
 
 from avalanche_ext.catalog import CATALOG
 from avalanche_ext.evaluation.accounting import bytes_remembered
-from avalanche_ext.experiments.run import build_strategy
+from avalanche_ext.experiments.build import build_strategy
 from avalanche_ext.recipes import Recipe, find_recipe
 
 OURS = [key for key, card in CATALOG.items() if card.ours]

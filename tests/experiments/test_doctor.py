@@ -20,10 +20,10 @@ from avalanche.training.plugins import (
 from avalanche_ext import BERPlugin, DRLPlugin, ERPlugin, PrecisionPlugin
 from avalanche_ext.evaluation.metrics.device import accuracy_metrics
 from avalanche_ext.experiments import benchmark_checks, doctor
+from avalanche_ext.experiments.build import build_strategy
 from avalanche_ext.experiments.doctor import examine, examine_recipe, forecast_text, memory_text
 from avalanche_ext.experiments.forecast import _line, forecast
 from avalanche_ext.experiments.micro_steps import HOOKS, take_micro_steps
-from avalanche_ext.experiments.run import build_strategy
 from avalanche_ext.recipes import find_recipe, with_settings
 from avalanche_ext.recipes.streams import SplitMNIST
 from tests.conftest import class_stream, naive

@@ -12,8 +12,9 @@ from PIL import Image
 from torch import nn
 
 from avalanche_ext.benchmarks import split_digits
+from avalanche_ext.experiments.build import build_strategy
 from avalanche_ext.experiments.generation import GenerationWatch, generator_of
-from avalanche_ext.experiments.run import build_strategy, run_seed
+from avalanche_ext.experiments.run import run_seed
 from avalanche_ext.models.generators.base import GenerativeModel
 from avalanche_ext.models.generators.vae import VAE
 from avalanche_ext.recipes import find_recipe

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from avalanche_ext.benchmarks import write_core50_tree
+from avalanche_ext.experiments.build import build_model
 from avalanche_ext.experiments.provenance import commit
-from avalanche_ext.experiments.run import build_model, run_recipe, run_seed
+from avalanche_ext.experiments.run import run_recipe, run_seed
 from avalanche_ext.experiments.run_folder import read_run
 from avalanche_ext.recipes import find_recipe
 from avalanche_ext.recipes.streams import CORe50Track

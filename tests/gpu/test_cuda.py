@@ -9,7 +9,7 @@ import torch
 from avalanche.training.determinism.rng_manager import RNGManager
 
 from avalanche_ext.catalog import CATALOG
-from avalanche_ext.experiments.run import build_strategy
+from avalanche_ext.experiments.build import build_strategy
 from avalanche_ext.functional.drl import FORMS, drl_loss
 from avalanche_ext.recipes import find_recipe
 

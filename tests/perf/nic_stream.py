@@ -11,7 +11,7 @@ import time
 
 from avalanche.training.determinism.rng_manager import RNGManager
 
-from avalanche_ext.experiments.run import build_strategy
+from avalanche_ext.experiments.build import build_strategy
 from avalanche_ext.recipes import find_recipe
 from tests.perf.timing import arguments, record
 

@@ -22,8 +22,9 @@ from avalanche_ext import (
 )
 from avalanche_ext.benchmarks import split_digits
 from avalanche_ext.evaluation.accounting import bytes_by_kind
+from avalanche_ext.experiments.build import build_strategy
 from avalanche_ext.experiments.checkpoint import Checkpoints
-from avalanche_ext.experiments.run import build_strategy, run_seed
+from avalanche_ext.experiments.run import run_seed
 from avalanche_ext.recipes import find_recipe
 from avalanche_ext.recipes.streams import SplitDigits
 from tests.conftest import class_stream

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from avalanche_ext import BERPlugin, DRLPlugin
 from avalanche_ext.benchmarks.digits import split_digits
-from avalanche_ext.experiments.run import build_strategy
+from avalanche_ext.experiments.build import build_strategy
 from avalanche_ext.functional.generative import soft_cross_entropy
 from avalanche_ext.models.generators.vae import VAE
 from avalanche_ext.models.generators.wgan import WGAN
