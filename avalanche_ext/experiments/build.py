@@ -86,7 +86,7 @@ def build_model(recipe: Recipe) -> torch.nn.Module:
     freeze(model, recipe.freeze)
     name = getattr(model, "default_cfg", {}).get("classifier")
     name = name or ("fc" if hasattr(model, "fc") else "classifier")
-    if getattr(recipe.benchmark, "scenario", "class") == "task":
+    if recipe.benchmark.multi_head:
         if recipe.head == "growing":
             raise ValueError(
                 f"{recipe.name}: head='growing' is for one head; a task-incremental benchmark has "

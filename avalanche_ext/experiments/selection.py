@@ -49,6 +49,16 @@ class FirstExperiences(BenchmarkSettings):
         """Units of the head, which is that of the whole stream."""
         return self.of.n_outputs
 
+    @property
+    def units(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """See ``BenchmarkSettings``."""
+        return self.of.units
+
+    @property
+    def multi_head(self) -> bool:
+        """See ``BenchmarkSettings``."""
+        return self.of.multi_head
+
     def build(self, seed: int, order_seed: int | None = None) -> Any:
         """The two streams, cut.
 

@@ -41,6 +41,11 @@ class BenchmarkSettings:
         """Units of the head."""
         return 10
 
+    @property
+    def multi_head(self) -> bool:
+        """Whether each experience has a task label, and so a head of its own."""
+        return getattr(self, "scenario", "class") == "task"
+
     def build(self, seed: int, order_seed: int | None = None) -> Any:
         """The Avalanche benchmark.
 

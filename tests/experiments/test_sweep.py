@@ -26,8 +26,8 @@ from avalanche_ext.experiments.selection import FirstExperiences, for_selection
 from avalanche_ext.experiments.sweep import TRIES, Sweep, load, open_study, prepare, work
 from avalanche_ext.experiments.sweep_record import objective, record, table
 from avalanche_ext.experiments.sweep_workers import submit
-from avalanche_ext.recipes import find_recipe, with_settings
-from avalanche_ext.recipes.streams import SplitDigits
+from avalanche_ext.recipes import RECIPES, find_recipe, with_settings
+from avalanche_ext.recipes.streams import BenchmarkSettings, SplitDigits
 
 from .sweep_processes import CONTEXT, holder, stuck_worker, worker
 
@@ -89,6 +89,18 @@ def test_selection_trains_on_the_first_experiences_and_tests_on_held_out_images(
     assert (chosen.benchmark.n_outputs, chosen.benchmark.in_shape) == (10, (1, 8, 8))
     assert (chosen.benchmark.n_experiences, chosen.benchmark.validation) == (5, True)
     assert len(for_selection(recipe, None).benchmark.build(0).train_stream) == 5
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_selection_asks_for_the_network_of_the_whole_stream(name):
+    """Whatever a benchmark says of itself, its heads and its values, its first part says too."""
+    recipe = RECIPES[name]
+    held_out = dataclasses.replace(recipe.benchmark, validation=True)
+    cut = for_selection(dataclasses.replace(recipe, benchmark=held_out), 1).benchmark
+    told = [n for n, v in vars(BenchmarkSettings).items() if isinstance(v, property)]
+    assert {"in_shape", "n_outputs", "multi_head", "units", "value_range"} <= {*told}
+    for field in told:
+        assert getattr(cut, field) == getattr(held_out, field)
 
 
 def test_the_test_stream_is_refused_everywhere():
