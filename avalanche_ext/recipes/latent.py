@@ -7,10 +7,12 @@ feature replay (Liu et al., 2020) could not be verified. So there is no publishe
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from avalanche_ext.recipes.base import Recipe
+from avalanche_ext.recipes.drl_ber import ReplayRecipe
 from avalanche_ext.recipes.streams import SplitCIFAR100, SplitDigits, SplitMNIST, ToyCORe50
 
 __all__ = ["RECIPES", "AlignmentRecipe", "LatentRecipe"]
@@ -87,6 +89,7 @@ def _split_mnist() -> dict[str, Recipe]:
         "vae": {**frozen, "memory": "vae", "title": "encoder random, VAE"},
         "full": {**frozen, "memory": "full", "title": "encoder random, full"},
         "random": {**frozen, "title": "encoder random, 20 directions"},
+        "growing": {"head": "growing", "title": "encoder frozen after the first, growing head"},
     }
     for suffix, changes in variants.items():
         name = f"{key}/{stream}_{suffix}"
@@ -107,21 +110,50 @@ def _split_mnist() -> dict[str, Recipe]:
 
 
 def _larger() -> dict[str, Recipe]:
-    """Streams of colour images: a cut behind the convolutions."""
+    """Streams of colour images: a cut behind the convolutions, stored things of as many bytes."""
     made: dict[str, Recipe] = {}
     streams = {
         "cifar100_10": (SplitCIFAR100(augment=False), 20),
+        "cifar100_10_small": (SplitCIFAR100(augment=False, train_per_experience=500), 10),
         "cifar100_20": (SplitCIFAR100(n_experiences=20, augment=False), 20),
         "toy_core50_nc": (ToyCORe50(track="nc"), 4),
         "toy_core50_ni": (ToyCORe50(track="ni"), 4),
     }
+    key = "latent_generative_memory"
     for stream, (benchmark, epochs) in streams.items():
-        for key in ("latent_generative_memory", "latent_replay"):
-            name = f"{key}/{stream}"
-            made[name] = LatentRecipe(
-                name=name, method=key, benchmark=benchmark, backbone="small_convnet",
-                layer="features", epochs=epochs, stored=1500 if key == "latent_replay" else None,
-            )  # fmt: skip
+        main = LatentRecipe(
+            name=f"{key}/{stream}", method=key, benchmark=benchmark, backbone="small_convnet",
+            layer="features", epochs=epochs, title="encoder frozen after the first, 20 directions",
+        )  # fmt: skip
+        shared = {f.name: getattr(main, f.name) for f in dataclasses.fields(Recipe)}
+        shared["title"] = ""
+        # 20 directions, a mean and a spread of each class's 128 features.
+        room = benchmark.n_outputs * 22 * 128 * 4
+        rows: list[Recipe] = [
+            Recipe(**{**shared, "name": f"{method}/{stream}_latent", "method": method})
+            for method in ("naive", "joint")
+        ]
+        image = 4 * math.prod(benchmark.in_shape)  # bytes
+        rows.append(
+            ReplayRecipe(
+                **{**shared, "name": f"er/{stream}_latent", "method": "er", "source": _SOURCE},
+                mem=room // image,
+            )
+        )
+        distill = {"encoder": "distill", "memory": "full", "drift": "linear"}
+        rows.append(
+            dataclasses.replace(
+                main, name=f"{key}/{stream}_distill", title="encoder distilled, full", **distill
+            )
+        )
+        rows.append(
+            dataclasses.replace(
+                main, name=f"latent_replay/{stream}", method="latent_replay", title="",
+                stored_bytes=room,
+            )
+        )  # fmt: skip
+        made |= {row.name: row for row in rows}
+        made[main.name] = dataclasses.replace(main, baselines=tuple(row.name for row in rows))
     return made
 
 
