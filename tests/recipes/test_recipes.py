@@ -50,7 +50,7 @@ def test_rows_of_one_table_share_their_protocol():
                     own = {"replay", "labels", "title", "alignment", "critic_steps"}
                     free_here = {k for k in ours if k.startswith("generator")} | own
                 elif isinstance(recipe, LatentRecipe):
-                    free_here = {"encoder", "memory", "title", "stored_bytes"}
+                    free_here = {"encoder", "memory", "title", "stored_bytes", "head", "drift"}
                 elif isinstance(recipe, AlignmentRecipe):
                     free_here = {"bridge", "compose", "title"}
                 elif isinstance(recipe, OnlineRecipe):
