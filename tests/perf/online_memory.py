@@ -1,7 +1,7 @@
 """Time of a training step with online look-ahead, distillation and projection, over a plain one.
 
 An MLP 100-100 on images of 8 x 8 and one of 400-400 on 28 x 28, mini-batches of 10, memories of 200
-samples in tensors; processor time per step, in the second and in the last of 20 experiences of the
+samples in tensors; processor time per step, in the second and in the last of 10 experiences of the
 same size, whose ratio says whether a step's time grows with the stream.
 """
 
@@ -21,7 +21,7 @@ from avalanche_ext.training.plugins.online_lookahead import OnlineLookaheadPlugi
 from avalanche_ext.training.plugins.online_projection import OnlineProjectionPlugin
 from tests.perf.timing import arguments, interleaved_samples, record
 
-EXPERIENCES, BATCH = 20, 10
+EXPERIENCES, BATCH = 10, 10
 METHODS = {
     "plain": SupervisedPlugin,
     "er": lambda: ERPlugin(200, mem_scope="total"),
