@@ -228,6 +228,9 @@ def speed_of_methods(_: str) -> str:
     selfless = {(r["network"], r["method"]): r for r in _perf("selfless_step")["rows"]}
     passes = {r["network"]: r["over_plain"] for r in _perf("importance")["rows"]}
     networks = {"mlp": "MLP 784-100-100-10, 2,000 images", "slim_resnet18": "SlimResNet18, 100"}
+    [replay] = _perf("generative_replay")["rows"]
+    latent = _perf("latent_memory")["rows"]
+    online = {(r["width"], r["method"]): r for r in _perf("online_memory")["rows"]}
     return "\n\n".join(
         [
             "Forward pass of a frozen ResNet-18 of ExpandableDER, 128 images:",
@@ -282,8 +285,54 @@ def speed_of_methods(_: str) -> str:
                     )
                 ],
             ),
+            "A step of DGR on Split MNIST (128 new images, 128 replays, VAE of 784-400-400-100) "
+            "over a step without, time beside the matrix products that it needs:",
+            _rows(
+                ["step", "time", "work"],
+                [
+                    [title, f"{replay['over_naive'][key]:.2f}",
+                     f"{replay['flops_over_naive'][key]:.2f}"]
+                    for key, title in (
+                        ("replay", "replay, generator not trained"),
+                        ("interleaved", "replay, generator trained on the same samples"),
+                        ("in turn", "solver, then generator"),
+                        ("avalanche", "the same with Avalanche's GenerativeReplay"),
+                    )
+                ],
+            ),
+            "A step with a memory in latent space (MLP 784-400-200-10, 64 new images and 64 "
+            "features) over a step without, and experiences of one epoch, their ends included:",
+            _rows(
+                ["memory", "step", "experience", "late / early step"],
+                [
+                    [_LATENT[r["method"]], f"{r['over_plain']:.2f}",
+                     f"{r['experience_over_plain']:.2f}", f"{r['late_over_early']:.2f}"]
+                    for r in latent if r["method"] in _LATENT
+                ],
+            ),
+            "A step on 10 images with the online plugins over a step without:",
+            _rows(
+                ["method", "MLP 64-100-100-10", "MLP 784-400-400-10"],
+                [
+                    [title, *(f"{online[w, key]['over_plain']:.1f}" for w in (64, 784))]
+                    for key, title in (
+                        ("er", "ER"), ("lookahead", "look-ahead, second order"),
+                        ("distillation_1", "distillation, 1 step"),
+                        ("distillation_10", "distillation, 10 steps"),
+                        ("projection_16", "projection, 16 inputs"),
+                    )
+                ],
+            ),
         ]
     )  # fmt: skip
+
+
+_LATENT = {
+    "gaussian": "20 directions, encoder frozen", "gaussian_full": "full covariance, encoder frozen",
+    "gaussian_diagonal": "diagonal, encoder frozen", "mixture": "mixture, encoder frozen",
+    "vae": "VAE, encoder frozen", "distill": "full covariance, encoder distilled",
+    "replay": "stored features, encoder frozen",
+}  # fmt: skip
 
 
 def _step_time(rows: list[dict[str, Any]]) -> str:
