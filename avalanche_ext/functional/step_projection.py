@@ -175,7 +175,7 @@ def project_step(
     left, values, right = torch.linalg.svd(coefficients, full_matrices=False)
     excess = (values - eps / space.sizes.amax(-1, keepdim=True)).clamp(min=0)
     cut = (left * excess[..., None, :]) @ right
-    return (step.double() - space.directions @ cut).to(step.dtype)
+    return step - (space.directions @ cut).to(step.dtype)
 
 
 def _with_ones(rows: Tensor, weight: bool, bias: bool) -> Tensor:
@@ -202,7 +202,7 @@ def _removed(space: RowSpace, mu: float) -> Tensor:
 def _without(step: Tensor, space: RowSpace, removed: Tensor, coefficients: Tensor) -> Tensor:
     with torch.autocast(step.device.type, enabled=False):
         taken = space.directions @ (removed[..., None] * coefficients)
-        return (step.double() - taken).to(step.dtype)
+        return step - taken.to(step.dtype)
 
 
 def _price(lengths: Tensor, squares: Tensor, eps: float) -> float:

@@ -200,8 +200,8 @@ class OnlineProjectionPlugin(OnlineMemory):
             sizes = [block.shape[-2] for block in blocks]
             for p, block in zip(parameters, taken.split(sizes, dim=-2), strict=True):
                 p.copy_(before[p] + block.mT.reshape(p.shape))
-        pairs = ((taken, planned), (taken, taken), (planned, planned))
-        return torch.stack([(a.double() * b.double()).sum() for a, b in pairs])
+        a, b = taken.flatten(), planned.flatten()
+        return torch.stack([torch.dot(a, b), torch.dot(a, a), torch.dot(b, b)])
 
     def _warn(self, strategy: Any, held: list[str]) -> None:
         if held:
