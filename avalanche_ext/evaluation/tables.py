@@ -55,6 +55,7 @@ OPTIONAL_COLUMNS: tuple[tuple[str, str, float, int], ...] = (
     ("intransigence", "intransigence %", 100, 1),
     ("generator_accuracy", "generator accuracy %", 100, 1),
     ("reverse_accuracy", "reverse accuracy %", 100, 1),
+    ("critic_accuracy", "critic accuracy %", 100, 1),
     ("generator_distance", "Fréchet distance", 1, 2),
     ("generator_precision", "generator precision %", 100, 1),
     ("generator_recall", "generator recall %", 100, 1),

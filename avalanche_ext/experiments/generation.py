@@ -22,6 +22,7 @@ from avalanche_ext.evaluation.generation import (
 from avalanche_ext.experiments.checkpoint import random_state, set_random_state
 from avalanche_ext.models.backbones import build_backbone
 from avalanche_ext.models.generators.base import GenerativeModel
+from avalanche_ext.models.generators.wgan import WGAN
 from avalanche_ext.training.plugins.device_data import DeviceDataPlugin
 
 __all__ = ["GENERATION_COLUMNS", "GenerationWatch", "generator_of"]
@@ -61,7 +62,8 @@ class GenerationWatch:
     of a judge that is the same for all methods and seeds of a benchmark: the ``mlp`` (400, 400) for
     grey images, the ``small_convnet`` for others, trained on all training images at once, Adam
     1e-3, batches of 64, seed 0, for as many epochs as make 2000 steps, at most 20. Its own accuracy
-    is noted. The network of the reverse accuracy takes as many steps.
+    is noted. The network of the reverse accuracy takes as many steps. ``critic_accuracy`` is that of
+    a critic's own class head on test images.
 
     Args:
         strategy: Strategy with or without a generator; without, nothing is done.
@@ -123,6 +125,9 @@ class GenerationWatch:
         )
         found = {f"generator_{name}": value for name, value in numbers.items()}
         found["judge_accuracy"] = self._judge_accuracy
+        if isinstance(generator, WGAN) and generator.conditional:
+            with generator.evaluating():
+                found["critic_accuracy"] = class_accuracy(generator.classify, x, y)
         if k + 1 == len(self.benchmark.train_stream) and generator.conditional:
             fresh = self._network(generator)
             found["reverse_accuracy"] = reverse_accuracy(generator, fresh, x, y, steps=self._steps)

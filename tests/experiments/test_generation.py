@@ -136,6 +136,7 @@ def test_a_run_keeps_what_its_generator_made(name, tmp_path):
     assert result["reverse_accuracy"] == found[-1]["reverse_accuracy"]
     assert result["generator_accuracy"] == found[-1]["generator_accuracy"]
     assert result["judge_accuracy"] == found[0]["judge_accuracy"]
+    assert ("critic_accuracy" in result) == name.startswith("mergan")
     strips = [strip(tmp_path, f"exp_{k}") for k in range(5)]
     assert all(s.shape == (8, 198) for s in strips)
     if name.startswith("dgm"):  # which forgets nothing
