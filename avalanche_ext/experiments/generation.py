@@ -62,8 +62,8 @@ class GenerationWatch:
     of a judge that is the same for all methods and seeds of a benchmark: the ``mlp`` (400, 400) for
     grey images, the ``small_convnet`` for others, trained on all training images at once, Adam
     1e-3, batches of 64, seed 0, for as many epochs as make 2000 steps, at most 20. Its own accuracy
-    is noted. The network of the reverse accuracy takes as many steps. ``critic_accuracy`` is that of
-    a critic's own class head on test images.
+    is noted. The network of the reverse accuracy takes as many steps. ``critic_accuracy`` is that
+    of a critic's own class head on test images.
 
     Args:
         strategy: Strategy with or without a generator; without, nothing is done.
