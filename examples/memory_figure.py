@@ -3,7 +3,7 @@
     python examples/memory_figure.py --out runs/memory_figure
     python examples/memory_figure.py --smoke        # a minute, no MNIST needed
 
-Split MNIST, two classes at a time, one solver (784-400-200-10) and one schedule (Adam 1e-3, batches
+Split MNIST, two classes at a time, one solver (784-400-400-10) and one schedule (Adam 1e-3, batches
 of 64, three passes) for all:
 
 - exemplars: ER and BER, from 10 to 3000 images. They are held as the network reads them, four bytes
@@ -35,20 +35,19 @@ from avalanche_ext.recipes import Recipe, find_recipe
 from avalanche_ext.recipes.streams import SplitMNIST
 
 PROTOCOL = {
-    "benchmark": SplitMNIST(), "hidden": (400, 200), "optimizer": "adam", "lr": 1e-3,
+    "benchmark": SplitMNIST(), "hidden": (400, 400), "optimizer": "adam", "lr": 1e-3,
     "batch_size": 64, "epochs": 3,
 }  # fmt: skip
 RANDOM = {"encoder": "frozen"}
-MERGAN = {"generator_epochs": 5}
-# Curve: recipe of the digits that it starts from, what all its points change, and its points.
+# Curve: method, what all its points change in its recipe, and its points.
 CURVES: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
     "ER": ("er", {}, [{"mem": n} for n in (10, 30, 100, 300, 1000, 3000)]),
     "BER": ("ber", {}, [{"mem": n} for n in (10, 30, 100, 300, 1000, 3000)]),
     "DGR": ("dgr", {"generator": "small_vae"}, [
         {"generator_widths": (n, n)} for n in (32, 64, 128, 256)
     ]),
-    "MeRGAN-JTR": ("mergan_jtr", MERGAN, [{}]),
-    "MeRGAN-RA": ("mergan_ra", MERGAN, [{}]),
+    "MeRGAN-JTR": ("mergan_jtr", {}, [{}]),
+    "MeRGAN-RA": ("mergan_ra", {}, [{}]),
     "Densities of features": ("latent_generative_memory", RANDOM, [
         {"memory": name} for name in ("diagonal", "mixture", "gaussian", "full")
     ]),
@@ -62,7 +61,7 @@ PIXELS = 784  # bytes of an image at one byte a pixel
 
 
 def recipe_of(key: str, changes: dict[str, Any], smoke: bool) -> Recipe:
-    found = find_recipe(f"{key}/split_digits")
+    found = find_recipe(f"{key}/{'split_digits' if smoke else 'split_mnist'}")
     if smoke:
         small = {k: v for k, v in changes.items() if k not in ("generator",)}
         return dataclasses.replace(found.smoke(), **small)
@@ -83,6 +82,11 @@ def measure(out: Path, seeds: list[int], smoke: bool) -> dict[str, list[dict[str
                 "bytes": results[0]["bytes_remembered"],
                 "accuracy": aggregate([r["average_accuracy"] for r in results]),
                 "seconds": aggregate([r["seconds"] for r in results]),
+                **{
+                    field: aggregate([r[field] for r in results])
+                    for field in ("generator_accuracy", "reverse_accuracy", "critic_accuracy")
+                    if results[0].get(field) is not None
+                },
             }
             curves[title].append(found)
             print(
