@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,13 +56,20 @@ class Examination:
         return not any(f.level == "error" for f in self.findings)
 
 
-def examine(strategy: Any, benchmark: Any, *, steps: int = 50) -> Examination:
+def examine(
+    strategy: Any,
+    benchmark: Any,
+    *,
+    steps: int = 50,
+    epochs_of: Callable[[int], int] | None = None,
+) -> Examination:
     """Examine a strategy and the benchmark that it is to be trained on.
 
     Args:
         strategy: Any Avalanche strategy, not yet trained; a copy of it is.
         benchmark: With ``train_stream`` and ``test_stream``.
         steps: Steps on each of the first three experiences, at most, for the forecast.
+        epochs_of: Passes over an experience, by its number; the strategy's by default.
 
     Returns:
         What was found. After an error, checks that need what is broken are left out.
@@ -86,8 +93,9 @@ def examine(strategy: Any, benchmark: Any, *, steps: int = 50) -> Examination:
             return Examination(tuple(findings))
         try:
             needs = forecast(
-                strategy, benchmark, steps=steps, activation_bytes=micro.activation_bytes
-            )
+                strategy, benchmark, steps=steps, activation_bytes=micro.activation_bytes,
+                epochs_of=epochs_of,
+            )  # fmt: skip
         except FAILURES as error:
             findings.append(Finding("error", "forecast", f"a longer run: {first_line(error)}"))
             return Examination(tuple(findings))
@@ -112,7 +120,7 @@ def examine_recipe(recipe: Recipe, *, device: str = "cpu", steps: int = 50) -> E
             strategy = build_strategy(recipe, evaluator=evaluator, device=device)
         except FAILURES as error:
             return Examination((place, Finding("error", "strategy", first_line(error))))
-        return examine(strategy, benchmark, steps=steps)
+        return examine(strategy, benchmark, steps=steps, epochs_of=recipe.epochs_of)
 
 
 def forecast_text(needs: Forecast) -> str:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Sequence, Sized
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,7 +77,12 @@ class Forecast:
 
 
 def forecast(
-    strategy: Any, benchmark: Any, *, steps: int = 50, activation_bytes: float = 0.0
+    strategy: Any,
+    benchmark: Any,
+    *,
+    steps: int = 50,
+    activation_bytes: float = 0.0,
+    epochs_of: Callable[[int], int] | None = None,
 ) -> Forecast:
     """Predict seconds and bytes; neither argument is changed.
 
@@ -86,6 +91,7 @@ def forecast(
         benchmark: On what.
         steps: Steps on each of the first experiences, or fewer where they take long.
         activation_bytes: Bytes that a step keeps for each row of its batch.
+        epochs_of: Passes over an experience, by its number; the strategy's by default.
     """
     twin = copy_of(strategy)
     stream = list(benchmark.train_stream)
@@ -102,7 +108,8 @@ def forecast(
         known = k < len(measured)
         m = measured[min(k, len(measured) - 1)]
         count = max(1, round(plain[k] + extra[k]))
-        seconds = (m.around if known else around * n) + strategy.train_epochs * count * step[k]
+        epochs = epochs_of(k) if epochs_of else strategy.train_epochs
+        seconds = (m.around if known else around * n) + epochs * count * step[k]
         rest.append(ExperienceForecast(n, count, round(rows[k]), seconds))
     return Forecast(
         tuple(rest),

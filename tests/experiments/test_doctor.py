@@ -20,6 +20,7 @@ from avalanche.training.plugins import (
 from avalanche_ext import BERPlugin, DRLPlugin, ERPlugin, PrecisionPlugin
 from avalanche_ext.evaluation.metrics.device import accuracy_metrics
 from avalanche_ext.experiments import benchmark_checks, doctor
+from avalanche_ext.experiments import forecast as forecast_module
 from avalanche_ext.experiments.build import build_strategy
 from avalanche_ext.experiments.doctor import examine, examine_recipe, forecast_text, memory_text
 from avalanche_ext.experiments.forecast import _line, forecast
@@ -103,6 +104,25 @@ def test_momentum_is_counted_as_the_optimizers_and_epochs_as_time():
     assert needs.memory["optimizer"] == needs.memory["weights and gradients"] / 2
     assert _line([1, 2, 4], 5) == [1, 2, 4, 6, 8]
     assert _line([3, 5], 4) == [3, 5, 5, 5]
+
+
+def test_experiences_may_have_other_numbers_of_epochs(monkeypatch):
+    """A second per step, nothing around them: what is left are the epochs."""
+    measure = forecast_module._measure
+
+    def a_second_each(*args):
+        return dataclasses.replace(measure(*args), step=1.0, around=0.0)
+
+    monkeypatch.setattr(forecast_module, "_measure", a_second_each)
+    recipe = smoke("naive", epochs=2)
+    strategy, benchmark = build_strategy(recipe), recipe.benchmark.build(0)
+    assert [e.seconds for e in forecast(strategy, benchmark).experiences] == [8.0] * 5
+    needs = forecast(strategy, benchmark, epochs_of=lambda k: 3 if k == 0 else 1)
+    assert [e.seconds for e in needs.experiences] == [12.0, 4.0, 4.0, 4.0, 4.0]
+    recipe = find_recipe("expandable_der/split_digits").smoke()
+    recipe = dataclasses.replace(recipe, first_epochs=7, epochs=2, batch_size=10)
+    first, second = examine_recipe(recipe).forecast.experiences[:2]
+    assert (first.seconds, second.seconds) == (7 * first.steps, 2 * second.steps)
 
 
 def test_every_hook_is_called_and_counted():
