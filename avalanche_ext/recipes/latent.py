@@ -81,9 +81,12 @@ def _split_mnist() -> dict[str, Recipe]:
         name = f"{method}/{stream}_latent"
         made[name] = Recipe(**{**shared, "name": name, "method": method})
     frozen = {"encoder": "frozen"}
+    distilled = {"encoder": "distill", "memory": "full"}  # the densities follow by a linear map
     variants: dict[str, dict[str, Any]] = {
         "finetune": {"encoder": "finetune", "title": "encoder free"},
-        "distill": {"encoder": "distill", "memory": "full", "title": "encoder distilled, full"},
+        "distill": {**distilled, "title": "encoder distilled, full"},
+        "distill_still": {**distilled, "drift": "none", "title": "encoder distilled, full, still"},
+        "distill_sdc": {**distilled, "drift": "sdc", "title": "encoder distilled, full, SDC"},
         "diagonal": {**frozen, "memory": "diagonal", "title": "encoder random, diagonal"},
         "mixture": {**frozen, "memory": "mixture", "title": "encoder random, mixture"},
         "vae": {**frozen, "memory": "vae", "title": "encoder random, VAE"},
