@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ def filled(text: str) -> str:
         kind, _, name = match["what"].partition(": ")
         maker = {
             "table": table, "sign": sign, "similarity": similarity, "speed": speed,
-            "importance": importance, "speed of methods": speed_of_methods,
+            "importance": importance, "speed of methods": speed_of_methods, "bridges": bridges,
+            "equal bytes": equal_bytes,
         }[kind]  # fmt: skip
         return f"<!-- {match['what']} -->\n{maker(name)}\n<!-- end -->"
 
@@ -142,6 +144,42 @@ def importance(_: str) -> str:
          f"{100 * modes['avalanche']:.0f} %", f"{100 * modes['here']:.0f} %"],
     ]  # fmt: skip
     return _rows(["Split digits", "Avalanche 0.6.0", "here"], lines)
+
+
+def bridges(_: str) -> str:
+    """Accuracy behind bridges, for embedders trained in a row and apart."""
+    record = json.loads((RESULTS / "alignment_figure" / "alignment.json").read_text("utf-8"))
+    modes = list(record["modes"])
+    body = []
+    for name in record["modes"][modes[0]]:
+        cells = []
+        for mode in modes:
+            values = [statistics.fmean(a) for a in record["modes"][mode][name]["accuracy"]]
+            cells.append(f"{100 * statistics.fmean(values):.1f} ± "
+                         f"{100 * statistics.stdev(values):.1f}")  # fmt: skip
+        body.append([name, *cells])
+    return _rows(["bridges", *(f"trained {mode}, accuracy %" for mode in modes)], body)
+
+
+def equal_bytes(_: str) -> str:
+    """Memories that make their samples, and as how many bytes of exemplars they are good."""
+    record = json.loads((RESULTS / "memory_figure" / "memory.json").read_text("utf-8"))
+    body = []
+    for name, points in record["curves"].items():
+        for point in points:
+            key = f"{name} at {point['bytes']} bytes"
+            if key not in record["equal_bytes_of_ber"]:
+                continue
+            bytes_ = record["equal_bytes_of_ber"][key]
+            accuracy = point["accuracy"]
+            settings = point["settings"]
+            which = settings.get("memory") or settings.get("generator_widths") or ""
+            body.append([
+                f"{name} {which}".strip(), f"{point['bytes']:,}",
+                f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['sd']:.1f}",
+                f"{bytes_:,.0f}" if bytes_ else "more than were tried",
+            ])  # fmt: skip
+    return _rows(["memory", "bytes", "accuracy %", "bytes of BER's exemplars"], body)
 
 
 def speed(_: str) -> str:
