@@ -173,9 +173,10 @@ def equal_bytes(_: str) -> str:
             bytes_ = record["equal_bytes_of_ber"][key]
             accuracy = point["accuracy"]
             settings = point["settings"]
-            which = settings.get("memory") or settings.get("generator_widths") or ""
+            which = settings.get("generator_widths") or settings.get("memory")
+            which = None if len(points) == 1 else which
             body.append([
-                f"{name} {which}".strip(), f"{point['bytes']:,}",
+                f"{name}, {which}" if which else name, f"{point['bytes']:,}",
                 f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['sd']:.1f}",
                 f"{bytes_:,.0f}" if bytes_ else "more than were tried",
             ])  # fmt: skip
