@@ -1,10 +1,11 @@
 """The figures of selfless sequential learning: accuracy per task, sparsity, the weight of SLNI.
 
     python examples/selfless_figures.py --out runs/selfless_figures
+    python examples/selfless_figures.py --only-records # Figs. 1 and 2 alone, nothing is trained
     python examples/selfless_figures.py --smoke        # seconds, no MNIST needed
 
 ``fig1.png``, ``fig2.png``: accuracy of each task after the last one, the paper's Figs. 1 and 2,
-from the records of ``avalanche-ext run slni/permuted_mnist_5_small`` and ``slni/cifar100_10``
+from the records of ``avalanche-ext run slni/permuted_mnist_5_small`` and ``slni/cifar100_10_small``
 (``--fig1``, ``--fig2``; one that is not there is left out). The paper prints no numbers of them.
 
 The others train MAS alone and with SLNI, SLNID, L1-Rep and DeCov on five permutations of MNIST:
@@ -250,6 +251,7 @@ def main() -> None:
     parser.add_argument("--fig1", type=Path, default=RESULTS / "selfless_permuted_mnist_small")
     parser.add_argument("--fig2", type=Path, default=RESULTS / "selfless_cifar100")
     parser.add_argument("--out", type=Path, default=Path("runs/selfless_figures"))
+    parser.add_argument("--only-records", action="store_true", help="Figs. 1 and 2 alone")
     parser.add_argument("--smoke", action="store_true", help="few images, one epoch, one seed")
     options = parser.parse_args()
     import matplotlib
@@ -257,7 +259,10 @@ def main() -> None:
     matplotlib.use("Agg")
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
-    titles = {"fig1": "Five permutations of MNIST", "fig2": "Split CIFAR-100, ten tasks"}
+    titles = {
+        "fig1": "Five permutations of MNIST",
+        "fig2": "Split CIFAR-100, ten tasks of 500 images",
+    }
     for name, title in titles.items():
         path = getattr(options, name) / "summary.json"
         if path.exists():
@@ -265,6 +270,8 @@ def main() -> None:
             draw_accuracies(summary, title, options.out / f"{name}.png")
         else:
             print(f"{name}.png is left out: there is no {path}")
+    if options.only_records:
+        return
     stream = "split_digits" if options.smoke else "permuted_mnist_5_small"
     seeds = options.seeds[:1] if options.smoke else options.seeds
     made = measure(stream, seeds, options.smoke)
