@@ -22,7 +22,7 @@ def _seeded():
     torch.set_num_threads(1)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def mnist_root() -> Path:
     """Where real MNIST lies; the test is skipped, with the reason, where it does not."""
     for root in (DATA_ROOT, DATA_ROOT / "mnist"):
