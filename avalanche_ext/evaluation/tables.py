@@ -47,12 +47,14 @@ COLUMNS: tuple[tuple[str, str, float, int], ...] = (
 OPTIONAL_COLUMNS: tuple[tuple[str, str, float, int], ...] = (
     ("test_accuracy", "test accuracy %", 100, 1),
     ("average_validation_accuracy", "average valid %", 100, 1),
+    ("average_accuracy_after_5", "accuracy % after 5", 100, 1),
     ("average_incremental_accuracy_samples", "incremental % (samples)", 100, 1),
     ("backward_transfer_gem", "BWT (GEM) %", 100, 1),
     ("backward_transfer_expandable_der", "BWT (ExpandableDER) %", 100, 1),
     ("forward_transfer_gem", "FWT (GEM) %", 100, 1),
     ("forward_transfer_expandable_der", "FWT (ExpandableDER) %", 100, 1),
     ("intransigence", "intransigence %", 100, 1),
+    ("generator_accuracy_after_5", "generator accuracy % after 5", 100, 1),
     ("generator_accuracy", "generator accuracy %", 100, 1),
     ("reverse_accuracy", "reverse accuracy %", 100, 1),
     ("critic_accuracy", "critic accuracy %", 100, 1),
@@ -66,7 +68,7 @@ OPTIONAL_COLUMNS: tuple[tuple[str, str, float, int], ...] = (
 )
 
 ALL_COLUMNS = (
-    OPTIONAL_COLUMNS[:2] + COLUMNS[:3] + OPTIONAL_COLUMNS[2:8] + COLUMNS[3:] + OPTIONAL_COLUMNS[8:]
+    OPTIONAL_COLUMNS[:3] + COLUMNS[:3] + OPTIONAL_COLUMNS[3:9] + COLUMNS[3:] + OPTIONAL_COLUMNS[9:]
 )
 
 

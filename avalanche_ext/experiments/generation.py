@@ -109,6 +109,8 @@ class GenerationWatch:
         fields: dict[str, Any] = {}
         if found:
             fields = {"generation_per_experience": found, **found[-1]}
+        if len(found) > 5:  # as of accuracy
+            fields["generator_accuracy_after_5"] = found[4].get("generator_accuracy")
         if taken:
             fields["capacity"] = [
                 {name: dataclasses.asdict(c) for name, c in layers.items()} for layers in taken

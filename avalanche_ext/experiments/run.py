@@ -18,7 +18,11 @@ from avalanche_ext.evaluation.accounting import (
     count_parameters,
     flops_per_sample,
 )
-from avalanche_ext.evaluation.accuracy_matrix import draw_accuracy_matrix, matrix_metrics
+from avalanche_ext.evaluation.accuracy_matrix import (
+    draw_accuracy_matrix,
+    matrix_metrics,
+    seen_accuracies,
+)
 from avalanche_ext.evaluation.challenge import average_validation_accuracy
 from avalanche_ext.evaluation.metrics.challenge import ChallengeMetrics
 from avalanche_ext.evaluation.metrics.device import accuracy_metrics, loss_metrics
@@ -239,6 +243,8 @@ def run_seed(
         "accuracy_matrix": matrix,
         "accuracy_matrix_stream": watched.name,
         **matrix_metrics(matrix, samples=_sizes(watched) if len(matrix[0]) > 1 else None),
+        # A_5 and A_10 of one run, as tables of generative replay have them
+        **({"average_accuracy_after_5": seen_accuracies(matrix)[4]} if len(matrix) > 5 else {}),
         **final,
         "per_class_accuracy": classes.accuracy,
         "seconds": sum(seconds),

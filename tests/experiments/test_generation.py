@@ -158,3 +158,14 @@ def test_numbers_do_not_depend_on_whether_a_run_was_watched(tmp_path, monkeypatc
     alone = run_seed(recipe, 0, tmp_path / "alone")
     assert plain["accuracy_matrix"] == alone["accuracy_matrix"]
     assert "generator_accuracy" not in alone
+
+
+def test_a_run_of_ten_classes_has_the_figures_after_five(tmp_path):
+    recipe = find_recipe("dgm_a/split_digits").smoke()
+    benchmark = dataclasses.replace(recipe.benchmark, n_experiences=10)
+    result = run_seed(dataclasses.replace(recipe, benchmark=benchmark), 0, tmp_path)
+    row = result["accuracy_matrix"][4]
+    assert result["average_accuracy_after_5"] == pytest.approx(sum(row[:5]) / 5)
+    found = result["generation_per_experience"]
+    assert result["generator_accuracy_after_5"] == found[4]["generator_accuracy"]
+    assert result["generator_accuracy"] == found[9]["generator_accuracy"]
