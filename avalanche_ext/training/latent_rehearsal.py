@@ -97,7 +97,6 @@ class LatentRehearsal(SupervisedPlugin):
         self._learning: Any = None  # this experience, until the memory has learnt it
         self._classes_learnt = 0  # counted in each experience
         self._weight = 1.0
-        self._task: int | None = None
         self._split: NetworkSplit | None = None
         self._encoder: list[nn.Module] = []  # modules in front of the cut
         self._shape: torch.Size | None = None  # of one sample's features
@@ -146,7 +145,7 @@ class LatentRehearsal(SupervisedPlugin):
         """Refuse what cannot be rehearsed, before anything changes."""
         check_experience(strategy)
         if self.r != 1 and _at_task_boundary(strategy.experience, before=True):
-            self._check_tasks(strategy)
+            self._check_model(strategy)
             self._close(strategy)  # an online stream does not always say which part is the last
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
@@ -283,23 +282,18 @@ class LatentRehearsal(SupervisedPlugin):
             for module in moving:
                 module.training = True
 
-    def _check_tasks(self, strategy: Any) -> None:
-        owner, experience = type(self).__name__, strategy.experience
-        tasks = sorted({int(t) for t in getattr(experience, "task_labels", ())}) or [0]
-        known = tasks[:1] if self._task is None else [self._task]
-        if tasks != known or isinstance(bare(strategy.model), MultiTaskModule):
+    def _check_model(self, strategy: Any) -> None:
+        owner, model = type(self).__name__, bare(strategy.model)
+        if isinstance(model, MultiTaskModule):
             raise ValueError(
-                f"{owner} rehearses features that have no task label; the stream has the task "
-                f"labels {sorted({*tasks, *known})}, the model is a "
-                f"{type(bare(strategy.model)).__name__}. Use a class- or domain-incremental "
-                f"stream, with one task label throughout, and a model with one head."
+                f"{owner} rehearses features that have no task label; the model is a "
+                f"{type(model).__name__}, with a head for each task. Use a model with one head."
             )
         if isinstance(strategy.model, nn.DataParallel):
             raise ValueError(
                 f"{owner} gives features to the head of one network; torch.nn.DataParallel has "
                 f"several. Use one device."
             )
-        self._task = tasks[0]
 
 
 @torch.no_grad()

@@ -34,6 +34,7 @@ import warnings
 from typing import Any
 
 import torch
+from avalanche.models import MultiTaskModule
 from avalanche.models.utils import avalanche_forward
 from avalanche.training.plugins import SupervisedPlugin
 from avalanche.training.templates.problem_type.supervised_problem import SupervisedProblem
@@ -86,8 +87,8 @@ class DGRPlugin(SupervisedPlugin):
         label_counts: Replays of this experience by label.
 
     Raises:
-        ValueError: For a bad argument; for a stream with task labels, which a replayed sample does
-            not have.
+        ValueError: For a bad argument; for a model with a head for each of several task labels,
+            which a replayed sample does not have.
     """
 
     def __init__(
@@ -150,7 +151,7 @@ class DGRPlugin(SupervisedPlugin):
         if self.r == 1 or not _at_task_boundary(strategy.experience, before=True):
             return
         self._close(strategy)  # an online stream does not always say which part is the last
-        self._check_tasks(strategy.experience)
+        self._check_tasks(strategy)
         if self.experiences and self.labels != "source":
             self._teacher = FrozenCopy(bare(strategy.model))
 
@@ -286,16 +287,17 @@ class DGRPlugin(SupervisedPlugin):
                 stacklevel=4,
             )
 
-    def _check_tasks(self, experience: Any) -> None:
-        tasks = sorted({int(t) for t in getattr(experience, "task_labels", ())}) or [0]
+    def _check_tasks(self, strategy: Any) -> None:
+        tasks = sorted({int(t) for t in getattr(strategy.experience, "task_labels", ())}) or [0]
         known = tasks[:1] if self._task is None else [self._task]
-        if tasks != known:
+        model = bare(strategy.model)
+        if tasks != known and isinstance(model, MultiTaskModule):
             raise ValueError(
                 f"DGRPlugin replays samples that have no task label; the stream has the task "
-                f"labels {sorted({*tasks, *known})}. Use a class- or domain-incremental stream, "
-                f"with one task label throughout."
+                f"labels {sorted({*tasks, *known})}, the model is a {type(model).__name__}, with a "
+                f"head for each task. Use a model with one head, or one task label throughout."
             )
-        self._task = tasks[0]
+        self._task = known[0]
 
     def __str__(self) -> str:
         return "DGR"

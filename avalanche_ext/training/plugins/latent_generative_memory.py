@@ -91,8 +91,8 @@ class LatentGenerativeMemoryPlugin(LatentRehearsal):
 
     Raises:
         TypeError, ValueError: For a bad argument; in training, for a layer that the network does
-            not have (near matches are listed) or behind which it cannot be cut; for a stream with
-            task labels.
+            not have (near matches are listed) or behind which it cannot be cut; for a model
+            with a head for each task.
     """
 
     label = "LatentGenerativeMemory"

@@ -53,7 +53,8 @@ class LatentReplayPlugin(LatentRehearsal):
     Raises:
         TypeError, ValueError: For a bad argument; in training, for a layer that the network does
             not have (near matches are listed) or behind which it cannot be cut; for a memory that
-            is too small for one sample of each class; for a stream with task labels.
+            is too small for one sample of each class; for a model with a head for each
+            task.
     """
 
     label = "LatentReplay"

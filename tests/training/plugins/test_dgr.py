@@ -11,7 +11,7 @@ import pytest
 import torch
 from avalanche.benchmarks import split_online_stream
 from avalanche.evaluation.metrics import accuracy_metrics
-from avalanche.models import IncrementalClassifier
+from avalanche.models import IncrementalClassifier, as_multitask
 from avalanche.training.determinism.rng_manager import RNGManager
 from avalanche.training.plugins import (
     EvaluationPlugin,
@@ -544,10 +544,17 @@ def test_a_bare_network_is_no_source():
         NoiseReplay((8,), value_range=None)
 
 
-def test_a_stream_with_task_labels_is_refused():
+@pytest.mark.parametrize("case", ["hard", "soft"])
+def test_one_head_does_not_look_at_task_labels(case):
+    plain = run([CASES[case]()])
+    labelled = run([CASES[case]()], stream=class_stream(task_labels=True).train_stream)
+    assert torch.equal(weights(labelled), weights(plain))
+
+
+def test_a_head_for_each_task_is_refused():
     stream = class_stream(task_labels=True).train_stream
-    with pytest.raises(ValueError, match=r"task labels \[0, 1\]"):
-        run([CASES["hard"]()], stream=stream)
+    with pytest.raises(ValueError, match=r"task labels \[0, 1\].*MultiTaskDecorator"):
+        run([CASES["hard"]()], model=as_multitask(MLP(8, (16,), 6), "classifier"), stream=stream)
 
 
 def test_an_empty_experience_is_refused():

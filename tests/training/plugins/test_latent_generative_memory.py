@@ -604,10 +604,13 @@ def test_a_layer_that_is_not_there_is_refused_with_near_names():
         run([LatentGenerativeMemoryPlugin("feature.1")])
 
 
-def test_a_stream_with_task_labels_is_refused():
-    stream = class_stream(task_labels=True).train_stream
-    with pytest.raises(ValueError, match=r"task labels \[0, 1\]"):
-        run([CASES["gaussian"]()], stream=stream)
+def test_one_head_does_not_look_at_task_labels():
+    plain = run([CASES["gaussian"]()])
+    labelled = run([CASES["gaussian"]()], stream=class_stream(task_labels=True).train_stream)
+    assert torch.equal(weights(labelled), weights(plain))
+
+
+def test_a_head_for_each_task_is_refused():
     with pytest.raises(ValueError, match="MultiTaskDecorator"):
         run([CASES["gaussian"]()], model=as_multitask(MLP(8, (16, 12), 6), "classifier"))
 
