@@ -225,7 +225,8 @@ def latent_generative_memory(recipe: Any) -> list[Any]:
     return [
         LatentGenerativeMemoryPlugin(
             recipe.layer, memory=recipe.memory, encoder=recipe.encoder, drift=recipe.drift,
-            r=_weight(recipe.r or "class_ratio"), lam=recipe.lam,
+            slow=recipe.slow, prototypes=recipe.prototypes, r=_weight(recipe.r or "class_ratio"),
+            lam=recipe.lam,
         )
     ]  # fmt: skip
 
@@ -237,7 +238,7 @@ def latent_replay(recipe: Any) -> list[Any]:
     return [
         LatentReplayPlugin(
             recipe.layer, mem=recipe.stored, mem_bytes=recipe.stored_bytes,
-            encoder=recipe.encoder, r=_weight(recipe.r or "share"),
+            encoder=recipe.encoder, slow=recipe.slow, r=_weight(recipe.r or "share"),
         )
     ]  # fmt: skip
 

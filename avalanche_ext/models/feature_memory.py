@@ -159,6 +159,11 @@ class GaussianMemory:
         for g in self._all():
             g.mean = g.mean + drift_of(g.mean, before, after)
 
+    def shift(self, label: int, by: Tensor) -> None:
+        """Move all means of a class by a vector ``(D,)``."""
+        for g in self._gaussians[label]:
+            g.mean = g.mean + by
+
     def _all(self) -> list[_Gaussian]:
         return [g for gaussians in self._gaussians.values() for g in gaussians]
 

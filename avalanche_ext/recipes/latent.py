@@ -27,9 +27,11 @@ class LatentRecipe(Recipe):
     Args:
         layer: Where the network is cut.
         encoder: What becomes of the part in front: ``"freeze_after_first"``, ``"frozen"``,
-            ``"distill"`` or ``"finetune"``.
+            ``"slow"``, ``"distill"`` or ``"finetune"``.
         memory: ``"gaussian"``, ``"diagonal"``, ``"full"``, ``"mixture"``, ``"vae"`` or ``"wgan"``.
-        drift: ``"linear"``, ``"sdc"`` or ``"none"``.
+        drift: ``"linear"``, ``"sdc"``, ``"prototypes"`` or ``"none"``.
+        slow: Share of its steps that a slow encoder takes after the first experience.
+        prototypes: Images of each class that are kept for ``drift="prototypes"``.
         r: Weight of the new data; by default the method's own rule.
         lam: Weight of the distance of features, for ``"distill"``.
         stored: Features that ``latent_replay`` stores.
@@ -44,6 +46,8 @@ class LatentRecipe(Recipe):
     encoder: str = "freeze_after_first"
     memory: str = "gaussian"
     drift: str | None = None
+    slow: float = 0.1
+    prototypes: int = 10
     r: str | None = None
     lam: float = 1.0
     stored: int | None = None
@@ -87,6 +91,12 @@ def _split_mnist() -> dict[str, Recipe]:
         "distill": {**distilled, "title": "encoder distilled, full"},
         "distill_still": {**distilled, "drift": "none", "title": "encoder distilled, full, still"},
         "distill_sdc": {**distilled, "drift": "sdc", "title": "encoder distilled, full, SDC"},
+        "distill_prototypes": {
+            **distilled,
+            "drift": "prototypes",
+            "title": "encoder distilled, full, prototypes",
+        },
+        "slow": {"encoder": "slow", "memory": "full", "title": "encoder slow, full"},
         "diagonal": {**frozen, "memory": "diagonal", "title": "encoder random, diagonal"},
         "mixture": {**frozen, "memory": "mixture", "title": "encoder random, mixture"},
         "vae": {**frozen, "memory": "vae", "title": "encoder random, VAE"},
@@ -101,7 +111,10 @@ def _split_mnist() -> dict[str, Recipe]:
         "stored_bytes": 336_000
     }  # as many as 20 directions of ten classes take
     random: dict[str, Any] = {**frozen, "title": "Latent replay, encoder random"}
-    for suffix, changes in (("", {"title": "Latent replay"}), ("_random", random)):
+    slow = {"encoder": "slow", "title": "Latent replay, encoder slow"}
+    for suffix, changes in (
+        ("", {"title": "Latent replay"}), ("_slow", slow), ("_random", random),
+    ):  # fmt: skip
         name = f"latent_replay/{stream}{suffix}"
         made[name] = dataclasses.replace(
             main, name=name, method="latent_replay", **stored, **changes

@@ -69,8 +69,10 @@ class LatentRehearsal(SupervisedPlugin):
         layer: Name of the layer that ends the encoder.
         memory: Where features come from.
         encoder: ``"freeze_after_first"``: it learns in the first experience alone; ``"frozen"``: it
-            never does; anything else: always. What is frozen stays so when training has ended
+            never does; ``"slow"``: behind the first one only a share of each of its steps is taken;
+            anything else: always. What is frozen stays so when training has ended
             (``requires_grad`` is off).
+        slow: That share, whatever the optimizer, in [0, 1].
         r: Weight of the new data, see ``new_data_weight``, or ``"share"``: every sample of a step
             counts the same, new or old. With 1 nothing is done, bit for bit.
 
@@ -80,8 +82,15 @@ class LatentRehearsal(SupervisedPlugin):
 
     label = ""
 
-    def __init__(self, layer: str, memory: Any, encoder: str, r: str | float) -> None:
+    def __init__(
+        self, layer: str, memory: Any, encoder: str, r: str | float, slow: float = 0.1
+    ) -> None:
         super().__init__()
+        if isinstance(slow, bool) or not isinstance(slow, int | float) or not 0 <= slow <= 1:
+            raise ValueError(
+                f"{type(self).__name__} expects slow in [0, 1], the share of a step that the "
+                f"encoder takes; got {slow!r}."
+            )
         if not isinstance(layer, str):
             raise TypeError(
                 f"{type(self).__name__} expects the name of one layer, such as 'features.1'; got "
@@ -91,6 +100,7 @@ class LatentRehearsal(SupervisedPlugin):
         self.memory: LatentMemory = memory
         self.encoder = encoder
         self.r = r
+        self.slow = slow
         self.seen: list[int] = []
         self.experiences = 0
         self._classes: list[int] = []  # of this experience
@@ -99,6 +109,8 @@ class LatentRehearsal(SupervisedPlugin):
         self._weight = 1.0
         self._split: NetworkSplit | None = None
         self._encoder: list[nn.Module] = []  # modules in front of the cut
+        self._slowed: list[nn.Parameter] = []  # in this experience
+        self._before: list[Tensor] = []  # what they were before this step
         self._shape: torch.Size | None = None  # of one sample's features
         self._draws: torch.Generator | None = None
         self._pool: tuple[Tensor, Tensor] | None = None
@@ -167,7 +179,18 @@ class LatentRehearsal(SupervisedPlugin):
         if _at_task_boundary(strategy.experience, before=False):
             self._close(strategy)
         self._split = self._replay = None
-        self._encoder = []
+        self._encoder, self._slowed, self._before = [], [], []
+
+    def before_update(self, strategy: Any, **kwargs: Any) -> None:
+        """Keep what the encoder was, where it is slow."""
+        self._before = [p.detach().clone() for p in self._slowed]
+
+    @torch.no_grad()
+    def after_update(self, strategy: Any, **kwargs: Any) -> None:
+        """Take back all but a share of the encoder's step."""
+        for parameter, before in zip(self._slowed, self._before, strict=True):
+            parameter.lerp_(before, 1 - self.slow)
+        self._before = []
 
     def _open(self, experience: Any) -> None:
         self._learning = experience
@@ -204,6 +227,8 @@ class LatentRehearsal(SupervisedPlugin):
                 parameter.grad = None
             for module in self._encoder:
                 module.training = False
+        elif self.encoder == "slow" and self.experiences > 1:
+            self._slowed = list(parameters.values())
         self.begin(strategy)
 
     def _close(self, strategy: Any) -> None:

@@ -15,8 +15,10 @@ Faithfulness:
        replay themselves.
     2. It asks what to do about embeddings that move. Either they do not (the encoder is frozen
        after the first experience, the default, or from the start), or they are held
-       (``"distill"``) and the memory is moved after them (``drift``). ``"finetune"`` does nothing
-       about it, and shows that something must be done.
+       (``"distill"``) or slowed down (``"slow"``), and the memory is moved after them (``drift``):
+       by a map that is fitted on the new data, by what happened near each mean, or, as it
+       suggests, by prototypes, a few images of each class that are kept. ``"finetune"`` does
+       nothing about it, and shows that something must be done.
     3. A frozen encoder is in evaluation mode: batch statistics do not move either.
     4. ``r`` is the share of new classes; labels of what is drawn take turns over all old classes.
     5. Features that have never been below 0 are drawn at or above 0.
@@ -45,9 +47,10 @@ from torch import Tensor
 from avalanche_ext.models.feature_memory import GaussianMemory
 from avalanche_ext.models.frozen import FrozenCopy
 from avalanche_ext.models.network_split import NetworkSplit
-from avalanche_ext.training.checks import check_nonnegative, check_one_of
+from avalanche_ext.training.checks import check_count, check_nonnegative, check_one_of
 from avalanche_ext.training.generator_memory import GeneratorMemory
 from avalanche_ext.training.latent_rehearsal import LatentRehearsal, dataset_features
+from avalanche_ext.training.loading.sources import source_for
 from avalanche_ext.training.publishing import publish
 from avalanche_ext.training.replay_sources import check_new_data_weight
 from avalanche_ext.training.representation_penalty import bare
@@ -63,7 +66,8 @@ _MEMORIES = {
     "vae": lambda: GeneratorMemory("small_cvae"),
     "wgan": lambda: GeneratorMemory("small_ac_wgan"),
 }
-_ENCODERS = ("freeze_after_first", "frozen", "distill", "finetune")
+_ENCODERS = ("freeze_after_first", "frozen", "slow", "distill", "finetune")
+_DRIFTS = ("none", "linear", "sdc", "prototypes")
 
 
 class LatentGenerativeMemoryPlugin(LatentRehearsal):
@@ -82,12 +86,19 @@ class LatentGenerativeMemoryPlugin(LatentRehearsal):
             diagonal Gaussians), a ``GaussianMemory``; ``"vae"``, ``"wgan"``, or a
             ``GeneratorTraining`` of features.
         encoder: ``"freeze_after_first"``, ``"frozen"`` (for one that is random or pretrained),
-            ``"distill"`` or ``"finetune"``.
-        drift: How the memory follows an encoder that moves: ``"linear"``, ``"sdc"`` or ``"none"``.
-            By default ``"linear"`` with ``encoder="distill"`` and Gaussians, else ``"none"``.
+            ``"slow"``, ``"distill"`` or ``"finetune"``.
+        drift: How the memory follows an encoder that moves: ``"linear"``, ``"sdc"``,
+            ``"prototypes"`` or ``"none"``. By default ``"linear"`` with Gaussians and an encoder
+            that is slow or distilled, else ``"none"``.
+        slow: Share of each step that a slow encoder takes after the first experience.
+        prototypes: Images that are kept of each class, those nearest to its mean, for
+            ``drift="prototypes"``: the class's densities move by as much as these have on average.
         r: Weight of the new data: ``"class_ratio"``, ``"1/t"`` or a number in [0, 1]. With 1
             nothing is done, bit for bit.
         lam: Weight of the distance, for ``encoder="distill"``.
+
+    Attributes:
+        images: Prototypes by class.
 
     Raises:
         TypeError, ValueError: For a bad argument; in training, for a layer that the network does
@@ -97,6 +108,11 @@ class LatentGenerativeMemoryPlugin(LatentRehearsal):
 
     label = "LatentGenerativeMemory"
 
+    @property
+    def bytes_remembered(self) -> int:
+        """Bytes of the memory and of prototypes between experiences."""
+        return super().bytes_remembered + sum(x.nbytes for x in self.images.values())
+
     def __init__(
         self,
         layer: str,
@@ -104,25 +120,31 @@ class LatentGenerativeMemoryPlugin(LatentRehearsal):
         memory: str | GaussianMemory | GeneratorTraining = "gaussian",
         encoder: str = "freeze_after_first",
         drift: str | None = None,
+        slow: float = 0.1,
+        prototypes: int = 10,
         r: str | float = "class_ratio",
         lam: float = 1.0,
     ) -> None:
         owner = type(self).__name__
         check_one_of(owner, "encoder", encoder, _ENCODERS)
-        check_one_of(owner, "drift", drift, (None, "none", "linear", "sdc"))
+        check_one_of(owner, "drift", drift, (None, *_DRIFTS))
         check_new_data_weight(owner, r)
         check_nonnegative(owner, lam=lam)
-        super().__init__(layer, _memory(owner, memory), encoder, r)
+        check_count(owner, prototypes=prototypes)
+        super().__init__(layer, _memory(owner, memory), encoder, r, slow)
         gaussian = isinstance(self.memory, GaussianMemory)
-        moves = encoder in ("distill", "finetune")
-        if drift in ("linear", "sdc") and not (moves and gaussian):
+        moves = encoder in ("slow", "distill", "finetune")
+        if drift in _DRIFTS[1:] and not (moves and gaussian):
             raise ValueError(
                 f"{owner} got drift={drift!r}, which moves Gaussians after an encoder that moves; "
                 f"the encoder is {encoder!r}, the memory {type(self.memory).__name__}. Leave drift "
                 f"out, or choose encoder='distill' and a Gaussian memory."
             )
-        self.drift = drift or ("linear" if encoder == "distill" and gaussian else "none")
+        held = encoder in ("slow", "distill")
+        self.drift = drift or ("linear" if held and gaussian else "none")
         self.lam = lam
+        self.prototypes = prototypes
+        self.images: dict[int, Tensor] = {}
         self._teacher: FrozenCopy | None = None
         self._listening: Any = None
         self._features: Tensor | None = None  # of this batch
@@ -154,9 +176,31 @@ class LatentGenerativeMemoryPlugin(LatentRehearsal):
             publish(self, strategy, f"{self.label}_Drift", float(moved))
             if self.drift != "none":
                 assert isinstance(self.memory, GaussianMemory)
-                self.memory.follow(before, u, self.drift)
+                if self.drift == "prototypes":
+                    self._follow_prototypes(strategy, split)
+                else:
+                    self.memory.follow(before, u, self.drift)
             self._teacher = None
         super().learn(strategy, u, y, generator)
+        if self.drift == "prototypes":
+            self._keep_prototypes(strategy, u, y)
+
+    def _follow_prototypes(self, strategy: Any, before: NetworkSplit) -> None:
+        now = NetworkSplit(bare(strategy.model), self.layer)
+        for label, x in self.images.items():
+            moved = dataset_features(strategy, now, x) - dataset_features(strategy, before, x)
+            self.memory.shift(label, moved.mean(0))
+
+    def _keep_prototypes(self, strategy: Any, u: Tensor, y: Tensor) -> None:
+        source = source_for(strategy, self._learning.dataset.eval())
+        for label in y.unique().tolist():
+            rows = torch.nonzero(y == label)[:, 0]
+            distance = (u[rows] - u[rows].mean(0)).square().sum(1)
+            nearest = rows[distance.argsort(stable=True)[: self.prototypes]].cpu()
+            with torch.random.fork_rng(devices=[]):
+                x = source.gather(nearest)[0].to(strategy.device)
+            # A class that comes back keeps what it had.
+            self.images[label] = torch.cat([self.images[label], x]) if label in self.images else x
 
     # one step -------------------------------------------------------------------------------
 

@@ -11,8 +11,9 @@ Faithfulness:
        layer (a plugin of its own here), batch renormalisation, and consolidated weights per class.
     2. New and stored activations count by their numbers (``r="share"``), as in the paper's batches
        of both; but they pass the head one after the other, so its batch norms see them apart.
-    3. The paper learns slowly in front of the layer; by default nothing is learnt there after the
-       first experience, in its code too. With ``encoder="finetune"`` stored activations age.
+    3. The paper learns slowly in front of the layer (``encoder="slow"``); by default nothing is
+       learnt there after the first experience, in its code too. Where it goes on learning, stored
+       activations age.
     4. The paper replaces a random part of the memory after each batch of the stream. Here each
        class keeps a uniform random subset of all that it had, all classes as many.
     5. Activations are stored when an experience has ended, from images without augmentation.
@@ -32,7 +33,7 @@ from avalanche_ext.training.storage_policy.feature_buffer import FeatureBuffer
 
 __all__ = ["LatentReplayPlugin"]
 
-_ENCODERS = ("freeze_after_first", "frozen", "finetune")
+_ENCODERS = ("freeze_after_first", "frozen", "slow", "finetune")
 
 
 class LatentReplayPlugin(LatentRehearsal):
@@ -45,7 +46,9 @@ class LatentReplayPlugin(LatentRehearsal):
         layer: Name of the layer whose output is stored.
         mem: Size of the memory in samples; 1500, the paper's, unless ``mem_bytes`` is given.
         mem_bytes: Or in bytes.
-        encoder: What stands in front: ``"freeze_after_first"``, ``"frozen"`` or ``"finetune"``.
+        encoder: What stands in front: ``"freeze_after_first"``, ``"frozen"``, ``"slow"`` or
+            ``"finetune"``.
+        slow: Share of each step that a slow encoder takes after the first experience.
         n: Stored activations per step; as many as the batch by default.
         r: Weight of the new data: ``"share"``, ``"class_ratio"``, ``"1/t"`` or a number in [0, 1].
             With 1 nothing is done, bit for bit.
@@ -66,6 +69,7 @@ class LatentReplayPlugin(LatentRehearsal):
         mem: int | None = None,
         mem_bytes: int | None = None,
         encoder: str = "freeze_after_first",
+        slow: float = 0.1,
         n: int | None = None,
         r: str | float = "share",
     ) -> None:
@@ -79,7 +83,7 @@ class LatentReplayPlugin(LatentRehearsal):
                 f"{owner} got mem={mem} and mem_bytes={mem_bytes}; give one of the two."
             )
         size = 1500 if mem is None and mem_bytes is None else mem
-        super().__init__(layer, FeatureBuffer(size, mem_bytes=mem_bytes), encoder, r)
+        super().__init__(layer, FeatureBuffer(size, mem_bytes=mem_bytes), encoder, r, slow)
         self.n = n
 
     def rows(self, strategy: Any) -> int:

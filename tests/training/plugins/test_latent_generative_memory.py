@@ -56,6 +56,7 @@ CASES = {
     "mixture": lambda: LGM(memory=GaussianMemory("full", components=2), r=0.3),
     "distill": lambda: LGM(encoder="distill", lam=0.5),
     "sdc": lambda: LGM(encoder="finetune", drift="sdc"),
+    "prototypes": lambda: LGM(encoder="slow", drift="prototypes", prototypes=3),
     "vae": lambda: LGM(memory=generator()),
     "wgan": lambda: LGM(memory=generator(WGAN), encoder="frozen"),
     "built": lambda: LGM(memory="vae", encoder="distill"),
@@ -257,13 +258,66 @@ def test_the_memory_moves_with_the_encoder_and_the_teacher_goes():
     assert plugin._teacher is None
 
 
+def test_densities_follow_the_prototypes_of_their_class():
+    plugin = LGM(encoder="finetune", drift="prototypes", prototypes=3)
+    strategy = run([plugin], n=1)
+    data = class_stream().train_stream[0].dataset
+    split = NetworkSplit(strategy.model, "features.1")
+    for label in (0, 1):  # those nearest to the mean, by a loop
+        x = torch.stack([x for x, y, *_ in data if y == label])
+        u = split.features(x).detach()
+        nearest = sorted(range(len(u)), key=lambda i: float((u[i] - u.mean(0)).norm()))[:3]
+        torch.testing.assert_close(plugin.images[label], x[nearest])
+    images = {label: x.clone() for label, x in plugin.images.items()}
+    before = {label: split.features(x).detach().mean(0) for label, x in images.items()}
+    means = {label: plugin.memory._gaussians[label][0].mean.clone() for label in images}
+    factors = {label: plugin.memory._gaussians[label][0].factor.clone() for label in images}
+    strategy.train(class_stream().train_stream[1], eval_streams=[])
+    for label, x in images.items():
+        moved = split.features(x).detach().mean(0) - before[label]
+        gaussian = plugin.memory._gaussians[label][0]
+        torch.testing.assert_close(gaussian.mean, means[label] + moved, atol=1e-5, rtol=1e-4)
+        assert not torch.allclose(gaussian.mean, means[label], atol=1e-2)
+        assert torch.equal(gaussian.factor, factors[label])
+        assert torch.equal(plugin.images[label], x)
+    assert plugin.bytes_remembered == plugin.memory.nbytes + 4 * 3 * 8 * 4
+    assert list(plugin.images) == [0, 1, 2, 3]
+
+
 # the encoder ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_a_slow_encoder_takes_a_share_of_the_optimizers_step(optimizer):
+    """Of one step of both kinds, from the same weights, whatever the optimizer."""
+    taken = {}
+    for name, slow in (("whole", 1.0), ("tenth", 0.1), ("none", 0.0)):
+        torch.manual_seed(0)
+        strategy = naive(MLP(8, (16, 12), 6), [LGM(encoder="slow", slow=slow, drift="none")])
+        strategy.optimizer = optimizer(strategy.model.parameters(), 0.05)
+        stream = class_stream(n_per_class=4).train_stream
+        strategy.train(stream[0], eval_streams=[])
+        first = {n: p.detach().clone() for n, p in strategy.model.named_parameters()}
+        strategy.train(stream[1], eval_streams=[])
+        assert strategy.clock.train_iterations == 2  # one for each
+        taken[name] = {n: p.detach() - first[n] for n, p in strategy.model.named_parameters()}
+    for name, whole in taken["whole"].items():
+        encoder = name.startswith("features.0")
+        assert whole.abs().max() > 1e-3
+        share = 0.1 if encoder else 1.0
+        torch.testing.assert_close(taken["tenth"][name], share * whole, atol=1e-6, rtol=1e-4)
+        assert bool(taken["none"][name].any()) == (not encoder)
+
+
+def test_a_slow_encoder_that_takes_whole_steps_is_a_free_one():
+    slow = run([LGM(encoder="slow", slow=1.0, drift="none")])
+    torch.testing.assert_close(weights(slow), weights(run([LGM(encoder="finetune")])))
 
 
 @pytest.mark.parametrize(
     ("encoder", "moves"),
     [("frozen", (False, False)), ("freeze_after_first", (True, False)),
-     ("distill", (True, True)), ("finetune", (True, True))],
+     ("slow", (True, True)), ("distill", (True, True)), ("finetune", (True, True))],
 )  # fmt: skip
 def test_what_the_encoder_may_do(encoder, moves):
     plugin = LatentGenerativeMemoryPlugin("body.3", encoder=encoder)
@@ -284,7 +338,7 @@ def test_what_the_encoder_may_do(encoder, moves):
         assert torch.equal(model.eval().body(x), before) == (not may)
         assert any(not torch.equal(a, b) for a, b in
                    zip(top.values(), model.top.state_dict().values(), strict=True))  # fmt: skip
-        if k and encoder != "distill":
+        if k and encoder not in ("slow", "distill"):
             assert pickle.dumps(plugin.memory._gaussians[0]) == densities
 
 
@@ -428,6 +482,10 @@ RESUMED = {
     "distilled": lambda: LatentGenerativeMemoryPlugin("body.1", encoder="distill"),
     "generated": lambda: LatentGenerativeMemoryPlugin("body.1", memory=generator()),
     "stored": lambda: LatentReplayPlugin("body.1", mem=9),
+    "slow": lambda: LatentReplayPlugin("body.1", mem=9, encoder="slow"),
+    "prototypes": lambda: LatentGenerativeMemoryPlugin(
+        "body.1", encoder="distill", drift="prototypes", prototypes=2
+    ),
 }
 
 
@@ -579,6 +637,9 @@ def test_one_class_and_one_sample_at_a_time(memory):
         ({"drift": "lin"}, "'linear'"),
         ({"drift": "linear"}, "encoder is 'freeze_after_first'"),
         ({"drift": "sdc", "encoder": "distill", "memory": "vae"}, "GeneratorMemory"),
+        ({"drift": "prototypes"}, "encoder is 'freeze_after_first'"),
+        ({"drift": "prototypes", "encoder": "slow", "prototypes": 0}, "prototypes >= 1"),
+        ({"encoder": "slow", "slow": 1.5}, r"slow in \[0, 1\]"),
         ({"r": 1.5}, "'class_ratio'"),
         ({"lam": -1}, "lam >= 0"),
     ],
