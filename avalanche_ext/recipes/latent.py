@@ -156,18 +156,20 @@ def _larger() -> dict[str, Recipe]:
                 mem=room // image,
             )
         )
-        distill = {"encoder": "distill", "memory": "full", "drift": "linear"}
-        rows.append(
-            dataclasses.replace(
-                main, name=f"{key}/{stream}_distill", title="encoder distilled, full", **distill
-            )
-        )
-        rows.append(
-            dataclasses.replace(
-                main, name=f"latent_replay/{stream}", method="latent_replay", title="",
-                stored_bytes=room,
-            )
+        replay = dataclasses.replace(
+            main, name=f"latent_replay/{stream}", method="latent_replay", title="",
+            stored_bytes=room,
         )  # fmt: skip
+        slow: dict[str, Any] = {"encoder": "slow"}
+        distill: dict[str, Any] = {"encoder": "distill", "memory": "full", "drift": "linear"}
+        for row, suffix, title, changes in (
+            (main, "distill", "encoder distilled, full", distill),
+            (main, "slow", "encoder slow, 20 directions", slow),
+            (replay, "slow", "Latent replay, encoder slow", slow),
+        ):
+            name = f"{row.name}_{suffix}"
+            rows.append(dataclasses.replace(row, name=name, title=title, **changes))
+        rows.append(replay)
         made |= {row.name: row for row in rows}
         made[main.name] = dataclasses.replace(main, baselines=tuple(row.name for row in rows))
     return made

@@ -177,7 +177,7 @@ class LatentGenerativeMemoryPlugin(LatentRehearsal):
             if self.drift != "none":
                 assert isinstance(self.memory, GaussianMemory)
                 if self.drift == "prototypes":
-                    self._follow_prototypes(strategy, split)
+                    self._follow_prototypes(strategy, split, self.memory)
                 else:
                     self.memory.follow(before, u, self.drift)
             self._teacher = None
@@ -185,11 +185,13 @@ class LatentGenerativeMemoryPlugin(LatentRehearsal):
         if self.drift == "prototypes":
             self._keep_prototypes(strategy, u, y)
 
-    def _follow_prototypes(self, strategy: Any, before: NetworkSplit) -> None:
+    def _follow_prototypes(
+        self, strategy: Any, before: NetworkSplit, memory: GaussianMemory
+    ) -> None:
         now = NetworkSplit(bare(strategy.model), self.layer)
         for label, x in self.images.items():
             moved = dataset_features(strategy, now, x) - dataset_features(strategy, before, x)
-            self.memory.shift(label, moved.mean(0))
+            memory.shift(label, moved.mean(0))
 
     def _keep_prototypes(self, strategy: Any, u: Tensor, y: Tensor) -> None:
         source = source_for(strategy, self._learning.dataset.eval())
