@@ -103,9 +103,13 @@ def to_json(recipe: Any) -> dict[str, Any]:
 
 def completed(recorded: Mapping[str, Any]) -> dict[str, Any]:
     """A recorded recipe with the defaults of the fields that came after it was recorded."""
+    from avalanche_ext.recipes import RECIPES
+
+    recipe = RECIPES.get(recorded.get("name", ""))
     kind = BENCHMARKS.get(recorded["benchmark"].get("kind"))
     benchmark = {**(_defaults(kind) if kind else {}), **recorded["benchmark"]}
-    return {**_defaults(Recipe), **recorded, "benchmark": benchmark}
+    known = _defaults(Recipe if recipe is None else type(recipe))
+    return {**known, **recorded, "benchmark": benchmark}
 
 
 def _defaults(kind: type) -> dict[str, Any]:

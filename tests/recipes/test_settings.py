@@ -193,4 +193,6 @@ def test_a_recorded_recipe_gains_the_fields_that_came_later():
     old["benchmark"] = {k: v for k, v in old["benchmark"].items() if k != "class_order"}
     assert completed(old) == recorded
     assert completed({**old, "lr": 7.0})["lr"] == 7.0
+    latent = to_json(find_recipe("latent_replay/split_mnist"))
+    assert completed({k: v for k, v in latent.items() if k != "slow"}) == latent  # its kind's own
     assert SplitMNIST().n_outputs == 10
