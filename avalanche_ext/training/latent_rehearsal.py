@@ -71,7 +71,8 @@ class LatentRehearsal(SupervisedPlugin):
         encoder: ``"freeze_after_first"``: it learns in the first experience alone; ``"frozen"``: it
             never does; ``"slow"``: behind the first one only a share of each of its steps is taken;
             anything else: always. What is frozen stays so when training has ended
-            (``requires_grad`` is off).
+            (``requires_grad`` is off). Frozen, slow or distilled, it is in evaluation mode after
+            the first experience.
         slow: That share, whatever the optimizer, in [0, 1].
         r: Weight of the new data, see ``new_data_weight``, or ``"share"``: every sample of a step
             counts the same, new or old. With 1 nothing is done, bit for bit.
@@ -221,13 +222,16 @@ class LatentRehearsal(SupervisedPlugin):
                 f"the size of its inputs."
             )
         self._shape = shape
+        held = self.encoder in ("slow", "distill") and self.experiences > 1
         if self.encoder_is_frozen:
             for parameter in parameters.values():
                 parameter.requires_grad_(False)
                 parameter.grad = None
+        if self.encoder_is_frozen or held:
+            # Statistics of new classes alone are not those that features were measured with.
             for module in self._encoder:
                 module.training = False
-        elif self.encoder == "slow" and self.experiences > 1:
+        if held and self.encoder == "slow":
             self._slowed = list(parameters.values())
         self.begin(strategy)
 

@@ -19,7 +19,8 @@ Faithfulness:
        by a map that is fitted on the new data, by what happened near each mean, or, as it
        suggests, by prototypes, a few images of each class that are kept. ``"finetune"`` does
        nothing about it, and shows that something must be done.
-    3. A frozen encoder is in evaluation mode: batch statistics do not move either.
+    3. A frozen encoder is in evaluation mode: batch statistics do not move either. So is a slow or
+       distilled one after the first experience, as in the code of Liu et al.
     4. ``r`` is the share of new classes; labels of what is drawn take turns over all old classes.
     5. Features that have never been below 0 are drawn at or above 0.
     6. The distance of ``"distill"`` is the squared one, summed over features, a mean over samples,

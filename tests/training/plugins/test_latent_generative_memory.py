@@ -324,7 +324,7 @@ def test_what_the_encoder_may_do(encoder, moves):
     torch.manual_seed(0)
     model, stream, x = Net(), class_stream().train_stream, torch.randn(5, 8)
     strategy = naive(model, [plugin])
-    strategy.optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-2)
+    strategy.optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9, weight_decay=1e-2)
     for k in range(3):
         state = copy.deepcopy(model.body.state_dict())
         top = copy.deepcopy(model.top.state_dict())
@@ -377,6 +377,38 @@ def test_statistics_of_the_encoder_follow_new_data_alone(encoder):
                 break
         found.append(model.body[1].running_mean.clone())
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("encoder", ["slow", "distill"])
+def test_where_the_encoder_is_held_its_statistics_are(encoder):
+    """And the distance to the last encoder is 0 where it has not moved, batch norm or not."""
+
+    class Losses(SupervisedPlugin):
+        def __init__(self):
+            super().__init__()
+            self.whole = []
+
+        def before_backward(self, strategy, **kwargs):
+            self.whole.append(float(strategy.loss.detach()))
+
+    alone = LatentGenerativeMemoryPlugin("body.3", encoder=encoder, lam=0.0)
+    held = LatentGenerativeMemoryPlugin("body.3", encoder=encoder, lam=1.0)
+    found = []
+    for plugin in (alone, held):
+        torch.manual_seed(0)
+        model, losses = Net(), Losses()
+        strategy = naive(model, [plugin, losses], lr=0.02)
+        stream = class_stream().train_stream
+        strategy.train(stream[0], eval_streams=[])
+        first = model.body[1].running_mean.clone()
+        strategy.train(stream[1], eval_streams=[])
+        assert torch.equal(model.body[1].running_mean, first)
+        assert first.any()
+        found.append(losses.whole)
+    steps = len(class_stream().train_stream[0].dataset) // 8
+    assert found[0][steps] == pytest.approx(found[1][steps], abs=1e-6)  # has not moved yet
+    same = found[0][steps + 1 :] == pytest.approx(found[1][steps + 1 :], abs=1e-6)
+    assert same == (encoder == "slow")  # which knows no distance
 
 
 @pytest.mark.parametrize(("layer", "shape"), [("features.2", (4, 8, 8)), ("features.7", (6,))])
