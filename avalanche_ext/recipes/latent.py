@@ -161,11 +161,13 @@ def _larger() -> dict[str, Recipe]:
             stored_bytes=room,
         )  # fmt: skip
         slow: dict[str, Any] = {"encoder": "slow"}
+        everything: dict[str, Any] = {"stored_bytes": None, "stored": 100_000}
         distill: dict[str, Any] = {"encoder": "distill", "memory": "full", "drift": "linear"}
         for row, suffix, title, changes in (
             (main, "distill", "encoder distilled, full", distill),
             (main, "slow", "encoder slow, 20 directions", slow),
             (replay, "slow", "Latent replay, encoder slow", slow),
+            (replay, "all", "Latent replay of all features", everything),
         ):
             name = f"{row.name}_{suffix}"
             rows.append(dataclasses.replace(row, name=name, title=title, **changes))
