@@ -9,7 +9,7 @@ new samples and as many replays: so does ``avalanche``, its ``GenerativeReplayPl
 networks, loss and optimizers. ``flops_over_naive`` is what each has to compute: matrix products
 counted in a run.
 
-``--part stream`` trains on all five experiences of Split MNIST, one to three epochs of solver and
+``--part stream`` trains on all five experiences of Split MNIST, one and three epochs of solver and
 generator (784-256-256-32), batch 64, and has seconds and accuracy at the end: seeds 0, 1, ...
 """
 
@@ -147,7 +147,7 @@ def stream(options, device) -> None:
         "avalanche": theirs,
     }
     images = 1024 if options.quick else None
-    cells = [(name, epochs) for epochs in (1, 2, 3) for name in made]
+    cells = [(name, epochs) for epochs in (1, 3) for name in made]
     found = {cell: {"seconds": [], "accuracy": []} for cell in cells}
     for seed in range(options.repeats):
         benchmark = split_mnist(train_per_experience=images, seed=seed)
