@@ -107,9 +107,8 @@ def _split_mnist() -> dict[str, Recipe]:
     for suffix, changes in variants.items():
         name = f"{key}/{stream}_{suffix}"
         made[name] = dataclasses.replace(main, name=name, **changes)
-    stored: dict[str, Any] = {
-        "stored_bytes": 336_000
-    }  # as many as 20 directions of ten classes take
+    # As many bytes as 20 directions of ten classes take, and their weight beside new data.
+    stored: dict[str, Any] = {"stored_bytes": 336_000, "r": "class_ratio"}
     random: dict[str, Any] = {**frozen, "title": "Latent replay, encoder random"}
     slow = {"encoder": "slow", "title": "Latent replay, encoder slow"}
     for suffix, changes in (
@@ -158,7 +157,7 @@ def _larger() -> dict[str, Recipe]:
         )
         replay = dataclasses.replace(
             main, name=f"latent_replay/{stream}", method="latent_replay", title="",
-            stored_bytes=room,
+            stored_bytes=room, r="class_ratio",
         )  # fmt: skip
         slow: dict[str, Any] = {"encoder": "slow"}
         everything: dict[str, Any] = {"stored_bytes": None, "stored": 100_000}
