@@ -41,6 +41,9 @@ def table(name: str) -> str:
         hidden = {"seconds", "average_accuracy", "average_incremental_accuracy", "forgetting",
                   "bytes_remembered"}  # fmt: skip
         rows = [{k: v for k, v in row.items() if k not in hidden} for row in rows]
+    elif name.startswith("latent_toy"):
+        shown = ("title", "seeds", "test_accuracy", "bytes_remembered", "samples_trained")
+        rows = [{k: v for k, v in row.items() if k in shown} for row in rows]
     elif name != "split_digits":
         rows = [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
     return as_markdown(rows)
