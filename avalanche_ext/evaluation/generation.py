@@ -272,8 +272,8 @@ def _share_within(points: Tensor, others: Tensor, k: int) -> float:
 
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:
-    # Not through inner products, in which near neighbours drown.
-    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+    # Through inner products, in which near neighbours would drown in single precision.
+    return torch.cdist(a.double(), b.double())
 
 
 def _check_features(owner: str, a: Tensor, b: Tensor, least: int) -> None:

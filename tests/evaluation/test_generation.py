@@ -69,9 +69,10 @@ def counted(points, others, k):
 
 
 @pytest.mark.parametrize("k", [1, 3])
-def test_precision_and_recall_are_counted(k):
+@pytest.mark.parametrize("offset", [0, 10_000], ids=["near", "far"])  # far in single precision
+def test_precision_and_recall_are_counted(k, offset):
     torch.manual_seed(0)
-    real, made = torch.randn(40, 2).double(), 0.5 * torch.randn(30, 2).double() + 1
+    real, made = torch.randn(40, 2) + offset, 0.5 * torch.randn(30, 2) + 1 + offset
     found = precision_and_recall(real, made, k=k)
     assert found == pytest.approx((counted(made, real, k), counted(real, made, k)))
 
