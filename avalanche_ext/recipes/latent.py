@@ -148,11 +148,10 @@ def _larger() -> dict[str, Recipe]:
             Recipe(**{**shared, "name": f"{method}/{stream}_latent", "method": method})
             for method in ("naive", "joint")
         ]
-        image = 4 * math.prod(benchmark.in_shape)  # bytes
         rows.append(
             ReplayRecipe(
                 **{**shared, "name": f"er/{stream}_latent", "method": "er", "source": _SOURCE},
-                mem=room // image,
+                mem=room // math.prod(benchmark.in_shape),  # one byte a value
             )
         )
         replay = dataclasses.replace(
