@@ -23,6 +23,7 @@ from avalanche_ext.experiments.checkpoint import random_state, set_random_state
 from avalanche_ext.models.backbones import build_backbone
 from avalanche_ext.models.generators.base import GenerativeModel
 from avalanche_ext.models.generators.wgan import WGAN
+from avalanche_ext.models.modes import evaluating
 from avalanche_ext.training.plugins.device_data import DeviceDataPlugin
 
 __all__ = ["GENERATION_COLUMNS", "GenerationWatch", "generator_of"]
@@ -128,7 +129,7 @@ class GenerationWatch:
         found = {f"generator_{name}": value for name, value in numbers.items()}
         found["judge_accuracy"] = self._judge_accuracy
         if isinstance(generator, WGAN) and generator.conditional:
-            with generator.evaluating():
+            with evaluating(generator):
                 found["critic_accuracy"] = class_accuracy(generator.classify, x, y)
         if k + 1 == len(self.benchmark.train_stream) and generator.conditional:
             fresh = self._network(generator)

@@ -10,6 +10,7 @@ from torch import Tensor
 from avalanche_ext.models.generators.build import GENERATORS, build_generator
 from avalanche_ext.training.checks import check_one_of
 from avalanche_ext.training.loading.sampling import seeded
+from avalanche_ext.training.replay_sources import classes_of
 from avalanche_ext.training.supervised.generator_training import GeneratorTraining
 
 __all__ = ["GeneratorMemory"]
@@ -87,6 +88,16 @@ class GeneratorMemory:
                 torch.default_generator.manual_seed(start)
                 model = build_generator(self.generator, (width,), n_classes, value_range=None)
             self.generator = GeneratorTraining(model=model, r="class_ratio")
+        model = self.training.model
+        outside = [c for c in classes_of(experience) if c >= model.n_classes]
+        if outside:
+            raise ValueError(
+                f"the generator of features was built at the first batch for the "
+                f"{model.n_classes} classes that the network had outputs for, and has no label "
+                f"for {outside}. Use a head with an output for every class of the stream, or pass "
+                f"a generator of your own: GeneratorTraining(model=VAE(({width},), n_classes=..., "
+                f"value_range=None), r='class_ratio')."
+            )
         self.training.begin(experience, device)
         self.opened = True
 

@@ -92,7 +92,7 @@ class NoiseReplay:
         """See ``ReplaySource``."""
         low, high = self.value_range
         noise = torch.rand((n, *self.in_shape), generator=generator)
-        return torch.lerp(torch.tensor(low), torch.tensor(high), noise).to(self.device), None
+        return (low + (high - low) * noise).to(self.device), None
 
     def step(self, x: Tensor, y: Tensor, replay: Replay | None) -> None:
         """Nothing to learn."""
@@ -135,12 +135,15 @@ class ExactReplay:
         at = torch.randint(int(sizes.sum()), (n,), generator=generator)
         ends = sizes.cumsum(0)
         which = torch.bucketize(at, ends, right=True)
+        rows = [torch.nonzero(which == k)[:, 0] for k in range(len(self._sources))]
         columns = [
-            source.gather(at[which == k] - (ends[k] - sizes[k]), generator)[:2]
-            for k, source in enumerate(self._sources)
-            if bool((which == k).any())
+            source.gather(at[mine] - (ends[k] - sizes[k]), generator)[:2]
+            for k, (source, mine) in enumerate(zip(self._sources, rows, strict=True))
+            if len(mine)
         ]
-        x, y = (torch.cat(parts).to(self.device) for parts in zip(*columns, strict=True))
+        # As they were drawn: any part of them is a sample of all experiences.
+        drawn = torch.cat(rows).argsort()
+        x, y = (torch.cat(parts)[drawn].to(self.device) for parts in zip(*columns, strict=True))
         return x, y
 
     def step(self, x: Tensor, y: Tensor, replay: Replay | None) -> None:

@@ -19,6 +19,7 @@ from avalanche_ext.experiments.checkpoint import Checkpoints
 from avalanche_ext.functional.generative import gradient_penalty
 from avalanche_ext.models.generators.discriminator import UNSEEN_LOGIT, Discriminator
 from avalanche_ext.models.generators.masked import MASKS, MaskedGenerator
+from avalanche_ext.models.modes import evaluating
 from avalanche_ext.training.supervised.dgm import DGM
 from tests.conftest import blobs, class_stream
 
@@ -51,7 +52,7 @@ def weights(strategy):
 
 def fixed_samples(generator, classes):
     z = torch.randn(6, generator.latent, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad(), generator.evaluating():
+    with torch.no_grad(), evaluating(generator):
         return [generator.decode(z, torch.full((6,), c)) for c in classes]
 
 
@@ -222,6 +223,24 @@ def test_old_samples_and_protected_weights_keep_every_bit(masks, expand):
             assert not torch.equal(layer.weight, weight)
         classes = [2 * k, 2 * k + 1]
         want.append((classes, fixed_samples(strategy.generator, classes)))
+
+
+def test_embeddings_stay_where_they_can_come_back():
+    far = build(lr=5.0)
+    far.generator.clamp_embeddings = lambda: None
+
+    class Largest(SupervisedPlugin):
+        found = 0.0
+
+        def after_training_iteration(self, strategy, **kwargs):
+            parts = (layer.tasks[-1] for layer in strategy.generator.hidden)
+            self.found = max(self.found, *(float(p.embedding.detach().abs().max()) for p in parts))
+
+    for strategy, inside in ((build(lr=5.0), True), (far, False)):
+        largest = Largest()
+        strategy.plugins.append(largest)
+        train(strategy, slice(0, 1))
+        assert (largest.found <= 6) == inside
 
 
 def test_each_experience_begins_with_optimizers_and_a_discriminator_of_its_own():

@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+from avalanche.benchmarks.scenarios.online import split_online_stream
 from avalanche.training.plugins import SupervisedPlugin
 
 from avalanche_ext.experiments.checkpoint import Checkpoints
@@ -425,6 +426,59 @@ def test_training_that_is_interrupted_within_an_experience_ends_the_same(kind, o
     assert torch.equal(go(tmp_path / "parts"), whole)
 
 
+class Begun(SupervisedPlugin):
+    """At each ``train``: the generator before, the weight of new data, the classes."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def before_training_exp(self, strategy, **kwargs):
+        earlier = None if strategy.previous is None else id(strategy.previous)
+        self.found.append((earlier, strategy._weight, list(strategy.model.seen)))
+
+
+def test_sub_experiences_of_a_stream_online_are_one_experience():
+    stream, begun = class_stream().train_stream, Begun()
+    strategy = build(n_classes=6, plugins=[begun])
+    for part in split_online_stream(stream, 1, access_task_boundaries=True):
+        strategy.train(part, eval_streams=[])
+    assert strategy.experiences == 3
+    parts = [begun.found[k : k + 40] for k in (0, 40, 80)]
+    for k, found in enumerate(parts):
+        # The classes of all its parts are known from the first one on.
+        assert {(w, tuple(seen)) for _, w, seen in found} == {
+            (1 / (k + 1), tuple(range(2 * k + 2)))
+        }
+    # One generator before each experience, another one for the next.
+    assert [len({earlier for earlier, *_ in found}) for found in parts] == [1, 1, 1]
+    assert len({found[0][0] for found in parts}) == 3
+
+
+def test_an_online_experience_is_looked_at_when_the_next_one_begins():
+    strategy = build(lr=1e-9)
+    with torch.no_grad():
+        strategy.model.decoder.classifier.weight.zero_()
+    stream = class_stream().train_stream[:2]
+    first, last, following, _ = split_online_stream(stream, 20, access_task_boundaries=True)
+    strategy.train([first, last], eval_streams=[])
+    with pytest.warns(UserWarning, match="collapsed: .* on experience 1 "):
+        strategy.train(following, eval_streams=[])
+
+
+def test_an_experience_that_was_broken_off_counts_as_one():
+    strategy, begun = build(n_classes=6), Begun()
+    strategy.plugins += [begun, Stop()]
+    Stop.at = 2
+    with pytest.raises(StoppedError):
+        train(strategy, slice(0, 1))
+    Stop.at = -1
+    train(strategy, slice(1, 3))
+    assert strategy.experiences == 3
+    assert strategy.previous is None
+    assert begun.found[2][1:] == (1 / 3, [0, 1, 2, 3, 4, 5])
+
+
 # what is wrong ----------------------------------------------------------------------------------
 
 
@@ -469,6 +523,17 @@ def test_collapse_is_reported_with_its_evidence():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         train(strategy, slice(0, 1))
+
+
+def test_a_generator_that_took_no_step_is_reported():
+    with pytest.warns(
+        UserWarning, match=r"not trained on experience 1: .*critic_steps=6 .* were 5"
+    ):
+        train(build("wgan", critic_steps=6), slice(0, 1))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "the generator was not trained")
+        train(build("wgan", critic_steps=5), slice(0, 1))
+        train(build("vae", critic_steps=6), slice(0, 1))
 
 
 def test_a_batch_of_one_and_data_of_one_value_say_nothing_of_collapse():

@@ -5,13 +5,14 @@ Nothing here knows about images: a sample has any shape, features ``(D,)`` inclu
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Generator as Draws
 from torch import Tensor, nn
+
+from avalanche_ext.models.modes import evaluating
 
 __all__ = ["GenerativeModel", "Generator", "ValueRange", "normal_noise", "to_symmetric"]
 
@@ -142,19 +143,8 @@ class GenerativeModel(nn.Module):
             raise ValueError(f"sample expects n >= 1; got {n}.")
         y = self.labels(n, classes, generator)
         z = self.noise(n, generator)
-        with self.evaluating():
+        with evaluating(self):
             return self.decode(z, y), y
-
-    @contextlib.contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Evaluation mode inside; afterwards every part has its own mode again."""
-        modes = {module: module.training for module in self.modules()} if self.training else {}
-        self.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes.items():
-                module.training = training
 
     def noise(self, n: int, generator: Draws | None = None) -> Tensor:
         """Standard normal noise ``(n, latent)``."""

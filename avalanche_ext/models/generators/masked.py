@@ -18,6 +18,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -118,8 +119,15 @@ class MaskedGenerator(GenerativeModel):
         """Give some new classes masks, norms and an output layer.
 
         Raises:
-            ValueError: If a class belongs to an earlier task, or there is no label for it.
+            ValueError: If a class belongs to an earlier task, or there is no label for it; if the
+                task before has not ended.
         """
+        if len(self.tasks) > len(self.capacity):
+            raise ValueError(
+                f"MaskedGenerator: classes {[int(c) for c in classes]} cannot begin, as the task "
+                f"of classes {self.tasks[-1]} has not ended: its training was interrupted. Go on "
+                f"from a checkpoint, or call end_task() to keep what it has learnt."
+            )
         known = sorted(set(classes) & set(self.seen))
         if known:
             raise ValueError(
@@ -139,7 +147,7 @@ class MaskedGenerator(GenerativeModel):
     def end_task(self) -> dict[str, Capacity]:
         """Make the masks binary and reserve what they use; what the task took, by layer."""
         found = {f"layer{k}": layer.end_task() for k, layer in enumerate(self._layers)}
-        self.outputs.requires_grad_(False)
+        self.outputs.requires_grad_(False).zero_grad()
         self.capacity = [*self.capacity, found]
         return found
 
@@ -156,6 +164,23 @@ class MaskedGenerator(GenerativeModel):
         if not self._output_kernel:
             return nn.Linear(width, math.prod(self.in_shape))
         return nn.ConvTranspose2d(width, channels, 5, 2, padding=2, output_padding=1)
+
+    def get_extra_state(self) -> Any:
+        """The classes of each task are part of ``state_dict``."""
+        return self.tasks
+
+    def set_extra_state(self, state: Any) -> None:
+        """See ``get_extra_state``.
+
+        Raises:
+            ValueError: If the weights are of other tasks than this generator's.
+        """
+        if state != self.tasks:
+            raise ValueError(
+                f"MaskedGenerator expects a state_dict of its own tasks, {self.tasks}; got one of "
+                f"{state}. Masks and sizes differ from task to task: call begin_task and end_task "
+                f"for the same classes first, or pickle the generator as a whole."
+            )
 
     # training -------------------------------------------------------------------------------
 
@@ -204,6 +229,11 @@ class MaskedGenerator(GenerativeModel):
             table[classes] = t
         task = table.to(y.device)[y]
         present = task.unique().tolist()
+        if present[0] < 0:
+            raise ValueError(
+                f"MaskedGenerator can make samples of the classes that it has learnt, "
+                f"{sorted(self.seen)}; got labels {sorted(set(y.tolist()))}."
+            )
         if len(present) == 1:
             return self._of_task(z, y, present[0])
         parts = [torch.nonzero(task == t)[:, 0] for t in present]

@@ -161,7 +161,7 @@ class _Part(nn.Module):
         self.mask = self.binary()
         self.closed = True
         self.embedding = nn.Parameter(self.embedding.new_zeros(0))
-        self.requires_grad_(False)
+        self.requires_grad_(False).zero_grad()
         self.eval()
 
     def train(self, mode: bool = True) -> _Part:

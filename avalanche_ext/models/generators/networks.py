@@ -1,7 +1,7 @@
 """The networks of adversarial pairs: a generator from noise to [-1, 1], a critic with a class head.
 
 Convolutional ones are those of Memory Replay GANs for 32 x 32 images; images of other sizes are
-made larger by a border of zeros, as is done there for MNIST, and the border is cut off again.
+made larger by a border of their lowest value, as is done there for MNIST, and cut again.
 """
 
 from __future__ import annotations

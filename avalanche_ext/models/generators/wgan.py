@@ -31,6 +31,7 @@ from avalanche_ext.models.generators.networks import (
     MLPCritic,
     MLPGenerator,
 )
+from avalanche_ext.models.modes import evaluating
 
 __all__ = ["WGAN"]
 
@@ -125,9 +126,9 @@ class WGAN(GenerativeModel):
         copy.
         """
         y, z = before.labels(n, None, generator), before.noise(n, generator)
-        with torch.no_grad(), before.evaluating():
+        with torch.no_grad(), evaluating(before):
             target = before.generator(z, y)
-        with self.evaluating():
+        with evaluating(self):
             return replay_alignment(self.generator(z, y), target)
 
     def classify(self, x: Tensor) -> Tensor:

@@ -50,6 +50,7 @@ from typing import Any
 
 import torch
 from avalanche.training.templates import SupervisedTemplate
+from avalanche.training.utils import _at_task_boundary
 from torch import Generator as Draws
 from torch import Tensor
 from torch.optim import Adam
@@ -60,7 +61,12 @@ from avalanche_ext.models.generators.base import GenerativeModel
 from avalanche_ext.models.generators.wgan import WGAN
 from avalanche_ext.training.checks import check_count, check_experience, check_nonnegative
 from avalanche_ext.training.loading.sampling import seeded
-from avalanche_ext.training.replay_sources import Replay, check_new_data_weight, classes_of
+from avalanche_ext.training.replay_sources import (
+    Replay,
+    check_new_data_weight,
+    classes_of,
+    whole_experience,
+)
 
 __all__ = ["GeneratorTraining"]
 
@@ -139,7 +145,8 @@ class GeneratorTraining(SupervisedTemplate):
         self.previous: FrozenCopy | None = None
         self.experiences = 0
         self.steps = 0  # of this experience
-        self._opened = self._alone = False  # an experience has begun; its loop is this one's
+        self._opened = False  # an experience has begun
+        self._driven = False  # by another loop, which begins and finishes experiences
         self._weight = 1.0
         self._classes: list[int] = []  # of this experience
         self._classes_learnt = 0  # counted in each experience
@@ -203,13 +210,24 @@ class GeneratorTraining(SupervisedTemplate):
 
     def learn(self, experience: Any) -> None:
         """The strategy's own loop, inside an experience that has begun."""
-        self.train(experience, eval_streams=[])
+        self._driven = True
+        try:
+            self.train(experience, eval_streams=[])
+        finally:
+            self._driven = False
 
     def finish(self) -> None:
         """The experience has ended: look at what the generator makes now."""
         self._check_loss()
         variances = self._variances()
-        if variances is not None and variances[0] < _COLLAPSED * variances[1]:
+        if self.model.adversarial and 0 < self.steps < self.critic_steps:
+            warnings.warn(
+                f"the generator was not trained on experience {self.experiences}: it takes a step "
+                f"after every critic_steps={self.critic_steps} batches, and there were "
+                f"{self.steps}. Train it longer (train_epochs), or lower critic_steps.",
+                stacklevel=4,
+            )
+        elif variances is not None and variances[0] < _COLLAPSED * variances[1]:
             warnings.warn(
                 f"the generator has collapsed: after {self.steps} updates on experience "
                 f"{self.experiences} the total variance of {_PROBE} of its samples is "
@@ -249,15 +267,16 @@ class GeneratorTraining(SupervisedTemplate):
 
     def _before_training_exp(self, **kwargs: Any) -> None:
         check_experience(self)
-        self._alone = not self._opened
-        if self._alone:
-            self.begin(self.experience)
+        if not self._driven and _at_task_boundary(self.experience, before=True):
+            if self._opened:  # an online stream does not always say which part is the last
+                self.finish()
+            self.begin(whole_experience(self.experience))
         super()._before_training_exp(**kwargs)
 
     def _after_training_exp(self, **kwargs: Any) -> None:
         self._check_loss()  # the loop forgets it
         super()._after_training_exp(**kwargs)
-        if self._alone:
+        if not self._driven and _at_task_boundary(self.experience, before=False):
             self.finish()
 
     def forward(self) -> Tensor:

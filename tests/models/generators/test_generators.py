@@ -195,6 +195,24 @@ def test_a_border_makes_other_sizes_and_the_critic_sees_every_pixel(shape):
     assert (x.grad != 0).all()
 
 
+def test_the_critics_border_is_dark():
+    critic = ConvCritic((1, 10, 9), (4, 3), 0)
+    assert sum(critic.border) > 0
+    bare, dark = copy.deepcopy(critic), F.pad(torch.randn(2, 1, 10, 9), critic.border, value=-1.0)
+    bare.border = (0, 0, 0, 0)
+    left, right, top, bottom = critic.border
+    inside = dark[..., top : dark.shape[2] - bottom, left : dark.shape[3] - right]
+    assert torch.equal(critic(inside)[0], bare(dark)[0])
+
+
+def test_every_part_has_its_own_mode_again_after_sampling():
+    model = WGAN((8,), network="mlp", widths=(8,), latent=4, value_range=None).eval()
+    model.generator.train()
+    model.sample(2)
+    assert model.generator.training
+    assert not model.critic.training
+
+
 def test_what_is_cut_off_is_the_border():
     small, large = (ConvGenerator((2, *sides), 5, (4, 3), 0) for sides in ((9, 13), (12, 16)))
     small.load_state_dict(large.state_dict())

@@ -14,6 +14,7 @@ from torch import nn
 from avalanche_ext.models.generators.base import Generator
 from avalanche_ext.models.generators.discriminator import UNSEEN_LOGIT, Discriminator
 from avalanche_ext.models.generators.masked import MASKS, MaskedGenerator
+from avalanche_ext.models.modes import evaluating
 
 KINDS = list(itertools.product(("mlp", "conv"), MASKS))
 
@@ -51,7 +52,7 @@ def learn(model, classes, *, steps=12, lam=0.5):
 def fixed_samples(model, classes):
     """Samples of fixed noise, class by class and of all classes at once."""
     z = model.noise(9, draws(5))
-    with torch.no_grad(), model.evaluating():
+    with torch.no_grad(), evaluating(model):
         alone = [model.decode(z, torch.full((9,), c)) for c in classes]
         single = [model.decode(z[:1], torch.tensor([c])) for c in classes]
         mixed = model.decode(z, torch.tensor(list(classes) * 9)[:9])
@@ -377,6 +378,41 @@ def test_classes_that_come_again_are_refused():
         model.sample(3, [2])
     with pytest.raises(ValueError, match="needs labels"):
         model.decode(torch.zeros(1, 3))
+    with pytest.raises(ValueError, match=r"learnt, \[0, 1\]; got labels \[0, 5\]"):
+        model.decode(torch.zeros(2, 3), torch.tensor([0, 5]))
+
+
+def test_a_task_begins_when_the_one_before_has_ended():
+    model = tiny()
+    model.begin_task([0, 1])
+    for classes in ([0, 1], [2, 3]):
+        with pytest.raises(ValueError, match=r"task of classes \[0, 1\] has not ended"):
+            model.begin_task(classes)
+    model.end_task()
+    model.begin_task([2, 3])
+    assert model.tasks == [[0, 1], [2, 3]]
+
+
+def test_a_state_dict_of_other_tasks_is_refused():
+    source, same, other, fresh = tiny(), tiny(), tiny(), tiny()
+    learn(source, [0, 1])
+    learn(same, [0, 1], steps=1)
+    learn(other, [2, 3])
+    same.load_state_dict(source.state_dict())
+    z, y = torch.randn(4, 3), torch.tensor([0, 1, 1, 0])
+    assert torch.equal(same.eval().decode(z, y), source.eval().decode(z, y))
+    for model, tasks in ((other, r"\[\[2, 3\]\]"), (fresh, r"\[\]")):
+        with pytest.raises(ValueError, match=rf"own tasks, {tasks}; got one of \[\[0, 1\]\]"):
+            model.load_state_dict(source.state_dict())
+
+
+@pytest.mark.parametrize("masks", MASKS)
+def test_what_a_task_leaves_behind_holds_no_gradients(masks):
+    model = tiny(("mlp", masks))
+    learn(model, [0, 1])
+    assert [
+        n for n, p in model.named_parameters() if p.grad is not None and not p.requires_grad
+    ] == []
 
 
 @pytest.mark.parametrize(

@@ -344,10 +344,14 @@ def test_exact_replay_draws_every_earlier_sample_with_its_label():
     assert len(counts) == 80
     assert min(counts.values()) > 60  # 100 each is expected
     assert max(counts.values()) < 150
+    # Any part of what is drawn is of all experiences: steps take it in order.
+    for part in y.split(1000):
+        assert 400 < (part < 2).sum() < 600
 
 
-def test_noise_is_uniform_over_the_datas_range():
-    x, y = NoiseReplay((2, 3), value_range=(-1.0, 3.0)).replay(5000, torch.Generator())
+@pytest.mark.parametrize("number", [int, float])
+def test_noise_is_uniform_over_the_datas_range(number):
+    x, y = NoiseReplay((2, 3), value_range=(number(-1), number(3))).replay(5000, torch.Generator())
     assert y is None
     assert x.shape == (5000, 2, 3)
     assert x.min() >= -1
