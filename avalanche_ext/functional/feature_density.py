@@ -18,6 +18,7 @@ __all__ = [
     "k_means",
     "low_rank_gaussian",
     "map_gaussian",
+    "pooled_gaussian",
 ]
 
 
@@ -38,16 +39,46 @@ def low_rank_gaussian(u: Tensor, rank: int | None = None) -> tuple[Tensor, Tenso
     n, width = centred.shape
     kept = min(n - 1, width, width if rank is None else rank)
     # Products in the samples' own precision: centred, they need no more, and cost half as much.
-    narrow = centred.to(u.dtype)
-    if width <= n:
-        values, vectors = torch.linalg.eigh((narrow.T @ narrow).double() / max(n - 1, 1))
-        rows = vectors.T
-    else:  # the samples' products are the smaller matrix
-        values, vectors = torch.linalg.eigh((narrow @ narrow.T).double() / max(n - 1, 1))
-        lengths = (values.clamp_min(0) * max(n - 1, 1)).sqrt()[:, None]
-        rows = (vectors.T @ centred) / torch.where(lengths > 0, lengths, 1.0)
-    factor = values.clamp_min(0).sqrt()[:, None] * rows
-    return mean.to(u.dtype), factor.flip(0)[:kept].to(u.dtype)  # eigh's values ascend
+    factor = _strongest(centred, max(n - 1, 1), u.dtype)[:kept]
+    return mean.to(u.dtype), factor.to(u.dtype)
+
+
+def pooled_gaussian(
+    one: tuple[Tensor, Tensor, int], other: tuple[Tensor, Tensor, int], rank: int | None = None
+) -> tuple[Tensor, Tensor]:
+    r"""The Gaussian of all the samples that two were fitted to.
+
+    .. math:: \mu = \frac{n_1 \mu_1 + n_2 \mu_2}{n}, \qquad (n - 1) \Sigma
+              = (n_1 - 1) \Sigma_1 + (n_2 - 1) \Sigma_2
+              + \frac{n_1 n_2}{n} (\mu_1 - \mu_2)(\mu_1 - \mu_2)^\top
+
+    Exact, but for what lies outside the ``rank`` strongest directions. Of diagonal ones the
+    diagonal.
+
+    Args:
+        one: Mean, factor and number of samples.
+        other: The same of the other.
+        rank: Most rows.
+
+    Shapes:
+        means ``(D,)``, factors ``(K, D)`` or ``(D,)``; so are the results.
+    """
+    (mean, factor, n), (other_mean, other_factor, m) = one, other
+    total = n + m
+    apart = (other_mean - mean).double()
+    middle = mean.double() + m / total * apart
+    rest = max(total - 1, 1)
+    weights = [((n - 1) / rest) ** 0.5, ((m - 1) / rest) ** 0.5, (n * m / total / rest) ** 0.5]
+    if factor.ndim == 1:
+        spread = sum((w * x).square() for w, x in zip(
+            weights, (factor.double(), other_factor.double(), apart), strict=True))  # fmt: skip
+        return middle.to(mean.dtype), torch.as_tensor(spread).sqrt().to(factor.dtype)
+    rows = torch.cat([
+        w * x for w, x in zip(
+            weights, (factor.double(), other_factor.double(), apart[None]), strict=True)
+    ])  # fmt: skip
+    kept = min(total - 1, len(mean), len(mean) if rank is None else rank)
+    return middle.to(mean.dtype), _strongest(rows, 1, rows.dtype)[:kept].to(factor.dtype)
 
 
 def diagonal_gaussian(u: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,6 +176,22 @@ def k_means(u: Tensor, k: int, generator: Generator | None = None, steps: int = 
             break
         cluster = moved
     return cluster.unique(return_inverse=True)[1]
+
+
+def _strongest(rows: Tensor, divisor: int, dtype: torch.dtype) -> Tensor:
+    """A factor of ``rows.T @ rows / divisor`` ``(min(N, D), D)``, orthogonal, longest row first.
+
+    Its products are made in ``dtype``.
+    """
+    narrow = rows.to(dtype)
+    if rows.shape[1] <= len(rows):
+        values, vectors = torch.linalg.eigh((narrow.T @ narrow).double() / divisor)
+        directions = vectors.T
+    else:  # the rows' products are the smaller matrix
+        values, vectors = torch.linalg.eigh((narrow @ narrow.T).double() / divisor)
+        lengths = (values.clamp_min(0) * divisor).sqrt()[:, None]
+        directions = (vectors.T @ rows) / torch.where(lengths > 0, lengths, 1.0)
+    return (values.clamp_min(0).sqrt()[:, None] * directions).flip(0)  # eigh's values ascend
 
 
 def _centred(u: Tensor) -> tuple[Tensor, Tensor]:

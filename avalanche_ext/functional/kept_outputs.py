@@ -87,6 +87,8 @@ def lookahead_gradient(
         }
         anchor = outputs(parameters) if form == "moving" else target
         value = output_drift(outputs(ahead), anchor)
+        if not value.requires_grad:  # nothing that is trained has a part in these outputs
+            return value, {}
         found = torch.autograd.grad(value, values, allow_unused=True)
     pairs = zip(names, found, strict=True)
     return value.detach(), {name: g for name, g in pairs if g is not None}

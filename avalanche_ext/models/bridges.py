@@ -159,4 +159,5 @@ def _network(x: Tensor, y: Tensor, generator: Generator | None) -> nn.Module:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    optimizer.zero_grad()
     return network.requires_grad_(False)

@@ -1,7 +1,8 @@
-"""A memory of features that keeps no sample: a density for every class, written once."""
+"""A memory of features that keeps no sample: a density for every class."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from avalanche_ext.functional.feature_density import (
     k_means,
     low_rank_gaussian,
     map_gaussian,
+    pooled_gaussian,
 )
 from avalanche_ext.functional.linear_map import ridge
 from avalanche_ext.models.generators.base import normal_noise
@@ -32,8 +34,10 @@ class GaussianMemory:
     r"""Gaussians of features, one or several for each class, from which features are drawn.
 
     A density is written when its class has been learnt and is not trained again, so there is
-    nothing that it could forget. A class that comes back gets a second density beside the first,
-    and is drawn from both by their numbers of samples.
+    nothing that it could forget. When a class comes back, the densities of all its samples are
+    made from those that there are and the new ones: while there are more than ``components``, the
+    two whose means are nearest become the Gaussian of both (exactly, but for directions that were
+    left out). Several are drawn from by their numbers of samples.
 
     Where all features have been >= 0, as behind a ReLU, drawn ones below 0 are set to 0.
 
@@ -76,7 +80,7 @@ class GaussianMemory:
         return sum(g.mean.nbytes + g.factor.nbytes for g in self._all())
 
     def write(self, u: Tensor, y: Tensor, generator: Generator | None = None) -> None:
-        """Add densities of the classes in ``y``; those there are stay as they are.
+        """Add samples of the classes in ``y``; densities of other classes stay as they are.
 
         Args:
             u: Features.
@@ -98,7 +102,7 @@ class GaussianMemory:
             if self.components > 1:
                 cluster = k_means(mine, self.components, generator)
             new = [self._fit(mine[cluster == c]) for c in cluster.unique()]
-            self._gaussians[label] = [*self._gaussians.get(label, []), *new]
+            self._gaussians[label] = self._pooled([*self._gaussians.get(label, []), *new])
 
     def sample(self, n: int, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
         """``n`` features and their classes, which take turns: any stretch of them is even.
@@ -159,6 +163,12 @@ class GaussianMemory:
         for g in self._all():
             g.mean = g.mean + drift_of(g.mean, before, after)
 
+    def mean(self, label: int) -> Tensor:
+        """Mean of a class ``(D,)``."""
+        parts = self._gaussians[label]
+        total = sum(g.count for g in parts)
+        return torch.stack([g.count / total * g.mean for g in parts]).sum(0)
+
     def shift(self, label: int, by: Tensor) -> None:
         """Move all means of a class by a vector ``(D,)``."""
         for g in self._gaussians[label]:
@@ -171,9 +181,27 @@ class GaussianMemory:
         if self.covariance == "diagonal":
             mean, factor = diagonal_gaussian(u)
         else:
-            rank = None if self.covariance == "full" else int(self.covariance)
-            mean, factor = low_rank_gaussian(u, rank)
+            mean, factor = low_rank_gaussian(u, self._rank)
         return _Gaussian(mean, factor.contiguous(), len(u))
+
+    @property
+    def _rank(self) -> int | None:
+        return self.covariance if isinstance(self.covariance, int) else None
+
+    def _pooled(self, gaussians: list[_Gaussian]) -> list[_Gaussian]:
+        """At most ``components`` of them."""
+        while len(gaussians) > self.components:
+            means = torch.stack([g.mean for g in gaussians])
+            pairs = list(itertools.combinations(range(len(gaussians)), 2))
+            i, j = min(pairs, key=lambda p: float((means[p[0]] - means[p[1]]).square().sum()))
+            one, other = gaussians[i], gaussians[j]
+            mean, factor = pooled_gaussian(
+                (one.mean, one.factor, one.count), (other.mean, other.factor, other.count),
+                self._rank,
+            )  # fmt: skip
+            both = _Gaussian(mean, factor.contiguous(), one.count + other.count)
+            gaussians = [both, *(g for k, g in enumerate(gaussians) if k not in (i, j))]
+        return gaussians
 
 
 def _shared_out(

@@ -138,9 +138,14 @@ class NetworkSplit:
             task: Task label, for a network with one head per task.
 
         Raises:
-            ValueError: If a connection leads past the layer.
+            ValueError: If a connection leads past the layer; if the output is not finite.
         """
         whole: Any = self._call(x, task)
+        if not bool(torch.isfinite(whole).all()):
+            raise ValueError(
+                f"the output of {type(self.model).__name__} is not finite: training has diverged. "
+                f"Lower the learning rate."
+            )
         try:
             alone: Any = self.head(self.features(x, task), x, task)
             same = alone.shape == whole.shape and torch.allclose(alone, whole, 1e-3, 1e-4)

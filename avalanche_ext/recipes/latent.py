@@ -142,8 +142,8 @@ def _larger() -> dict[str, Recipe]:
         )  # fmt: skip
         shared = {f.name: getattr(main, f.name) for f in dataclasses.fields(Recipe)}
         shared["title"] = ""
-        # 20 directions, a mean and a spread of each class's 128 features.
-        room = benchmark.n_outputs * 22 * 128 * 4
+        # 20 directions and a mean of each class's 128 features.
+        room = benchmark.n_outputs * 21 * 128 * 4
         rows: list[Recipe] = [
             Recipe(**{**shared, "name": f"{method}/{stream}_latent", "method": method})
             for method in ("naive", "joint")

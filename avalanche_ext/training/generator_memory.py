@@ -49,6 +49,7 @@ class GeneratorMemory:
             )
         self.generator = generator
         self.scale: Tensor | None = None
+        self.dtype = torch.float32  # of the network's features
         self.nonnegative = True
         self.opened = False
 
@@ -115,11 +116,12 @@ class GeneratorMemory:
         u, y = self.training.replay(n, draws)
         assert y is not None
         assert self.scale is not None
-        u = u * self.scale
+        u = (u * self.scale).to(self.dtype)
         return u.clamp_min(0) if self.nonnegative else u, y
 
     def write(self, u: Tensor, y: Tensor, generator: torch.Generator | None = None) -> None:
         """The experience has ended; it has been learnt already."""
         self.nonnegative = self.nonnegative and bool((u >= 0).all())
+        self.dtype = u.dtype
         self.training.finish()
         self.opened = False

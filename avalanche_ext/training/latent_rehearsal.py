@@ -110,6 +110,7 @@ class LatentRehearsal(SupervisedPlugin):
         self._weight = 1.0
         self._split: NetworkSplit | None = None
         self._encoder: list[nn.Module] = []  # modules in front of the cut
+        self._statistics: list[tuple[Tensor, Tensor]] = []  # their buffers that stay, and values
         self._slowed: list[nn.Parameter] = []  # in this experience
         self._before: list[Tensor] = []  # what they were before this step
         self._shape: torch.Size | None = None  # of one sample's features
@@ -180,7 +181,14 @@ class LatentRehearsal(SupervisedPlugin):
         if _at_task_boundary(strategy.experience, before=False):
             self._close(strategy)
         self._split = self._replay = None
-        self._encoder, self._slowed, self._before = [], [], []
+        self._encoder, self._slowed, self._before, self._statistics = [], [], [], []
+
+    def before_forward(self, strategy: Any, **kwargs: Any) -> None:
+        """Hold a still encoder still: GEM and A-GEM put the whole network in training mode."""
+        if self._holds and any(module.training for module in self._encoder):
+            self._to_evaluation()
+            for buffer, value in self._statistics:
+                buffer.copy_(value)
 
     def before_update(self, strategy: Any, **kwargs: Any) -> None:
         """Keep what the encoder was, where it is slow."""
@@ -215,6 +223,11 @@ class LatentRehearsal(SupervisedPlugin):
             parameters, self._encoder = self._split.encoder_parts(x)
             with torch.no_grad():
                 shape = self._split.features(x).shape[1:]
+        if not shape:
+            raise ValueError(
+                f"{type(self).__name__}: layer {self.layer!r} gives one number for each sample, "
+                f"without a dimension of features. Cut the network at another layer."
+            )
         if self._shape not in (None, shape) and self.memory.classes:
             raise ValueError(
                 f"{type(self).__name__}: layer {self.layer!r} gave features of shape "
@@ -222,17 +235,22 @@ class LatentRehearsal(SupervisedPlugin):
                 f"the size of its inputs."
             )
         self._shape = shape
-        held = self.encoder in ("slow", "distill") and self.experiences > 1
         if self.encoder_is_frozen:
             for parameter in parameters.values():
                 parameter.requires_grad_(False)
                 parameter.grad = None
-        if self.encoder_is_frozen or held:
-            # Statistics of new classes alone are not those that features were measured with.
-            for module in self._encoder:
-                module.training = False
-        if held and self.encoder == "slow":
+            if not any(p.requires_grad for p in model.parameters()):
+                raise ValueError(
+                    f"{type(self).__name__}: nothing is left to learn: all of the network is in "
+                    f"front of the end of layer {self.layer!r}, and frozen. Cut it further in "
+                    f"front, or choose an encoder that learns."
+                )
+        elif self._holds and self.encoder == "slow":
             self._slowed = list(parameters.values())
+        if self._holds:
+            self._to_evaluation()
+            own = [b for module in self._encoder for b in module.buffers(recurse=False)]
+            self._statistics = [(buffer, buffer.clone()) for buffer in own]
         self.begin(strategy)
 
     def _close(self, strategy: Any) -> None:
@@ -246,7 +264,7 @@ class LatentRehearsal(SupervisedPlugin):
         self.learn(strategy, u, y.to(u.device), self._draws)
         if self._sum is not None:
             publish(self, strategy, f"{self.label}_Loss", float(self._sum) / self._steps)
-        publish(self, strategy, f"{self.label}_Bytes", float(self.memory.nbytes))
+        publish(self, strategy, f"{self.label}_Bytes", float(self.bytes_remembered))
         self.seen = sorted({*self.seen, *self._classes})
         self._draws = self._pool = self._sum = self._learning = None
 
@@ -299,6 +317,17 @@ class LatentRehearsal(SupervisedPlugin):
 
     # parts ----------------------------------------------------------------------------------
 
+    @property
+    def _holds(self) -> bool:
+        """Whether the encoder is in evaluation mode in this experience."""
+        held = self.encoder in ("slow", "distill") and self.experiences > 1
+        return self.encoder_is_frozen or held
+
+    def _to_evaluation(self) -> None:
+        # Statistics of new classes alone are not those that features were measured with.
+        for module in self._encoder:
+            module.training = False
+
     @contextlib.contextmanager
     def _still(self) -> Iterator[None]:
         """Inside, no statistic in front of the cut follows the single sample that passes there."""
@@ -317,6 +346,12 @@ class LatentRehearsal(SupervisedPlugin):
             raise ValueError(
                 f"{owner} rehearses features that have no task label; the model is a "
                 f"{type(model).__name__}, with a head for each task. Use a model with one head."
+            )
+        if hasattr(strategy.model, "_orig_mod"):
+            raise ValueError(
+                f"{owner} gives features to the head through hooks, of which a network from "
+                f"torch.compile takes no notice. Give the strategy the network itself, and "
+                f"plugins=[CompilePlugin(), ...]."
             )
         if isinstance(strategy.model, nn.DataParallel):
             raise ValueError(

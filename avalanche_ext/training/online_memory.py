@@ -14,7 +14,7 @@ import torch
 from avalanche.models import MultiTaskModule
 from avalanche.models.utils import avalanche_forward
 from avalanche.training.plugins import SupervisedPlugin
-from torch import Tensor, nn
+from torch import Tensor
 
 from avalanche_ext.models.modes import evaluating
 from avalanche_ext.training.checks import check_count, check_experience
@@ -261,7 +261,7 @@ def float32_evaluation(strategy: Any) -> Iterator[Callable[[Tensor, Tensor], Ten
     Yields:
         The model's outputs for inputs and task labels.
     """
-    model: nn.Module = strategy.model
+    model = bare(strategy.model)  # its layers are listened to, which a compiled one does not notice
     with evaluating(model), torch.autocast(strategy.device.type, enabled=False):
         yield lambda x, tasks: avalanche_forward(model, x, tasks)
 

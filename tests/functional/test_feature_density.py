@@ -13,6 +13,7 @@ from avalanche_ext.functional.feature_density import (
     k_means,
     low_rank_gaussian,
     map_gaussian,
+    pooled_gaussian,
 )
 
 
@@ -85,6 +86,39 @@ def test_a_map_moves_mean_and_covariance():
     assert factor.tolist() == [[0.0, 2.0]]
     _, deviations = map_gaussian(torch.zeros(2), torch.tensor([3.0, 4.0]), turn, torch.zeros(2))
     assert deviations.tolist() == [4.0, 5.0]  # diagonal of turn diag(9, 16) turn^T: 16, 25
+
+
+def fitted(u, kind):
+    """Mean, factor and number of samples."""
+    return (*(diagonal_gaussian(u) if kind == "diagonal" else low_rank_gaussian(u, kind)), len(u))
+
+
+@pytest.mark.parametrize("sizes", [(40, 25), (3, 2), (1, 1), (1, 40), (2, 1)])
+def test_two_gaussians_make_that_of_all_their_samples(sizes):
+    n, m = sizes
+    u, v = samples(n), 3 * samples(m, seed=1) - 20
+    both = torch.cat([u, v])
+    mean, factor = pooled_gaussian(fitted(u, None), fitted(v, None))
+    torch.testing.assert_close(mean, both.mean(0))
+    assert factor.shape == (min(n + m - 1, 5), 5)
+    want = torch.from_numpy(np.cov(both.numpy().T))
+    torch.testing.assert_close(factor.T @ factor, want, atol=1e-9, rtol=1e-9)
+    mean, spread = pooled_gaussian(fitted(u, "diagonal"), fitted(v, "diagonal"))
+    torch.testing.assert_close(mean, both.mean(0))
+    torch.testing.assert_close(spread, both.std(0))
+
+
+def test_of_two_gaussians_the_strongest_directions_stay():
+    u, v = samples(30), samples(50, seed=1) + 4
+    _, factor = pooled_gaussian(fitted(u, None), fitted(v, None), 2)
+    torch.testing.assert_close(
+        factor.T @ factor, (lambda f: f.T @ f)(low_rank_gaussian(torch.cat([u, v]), 2)[1])
+    )
+    # Single precision in, single precision out.
+    small = pooled_gaussian(
+        *[(a.float(), b.float(), n) for a, b, n in (fitted(u, 2), fitted(v, 2))]
+    )
+    assert {t.dtype for t in small} == {torch.float32}
 
 
 def test_a_mean_follows_the_samples_close_to_it():

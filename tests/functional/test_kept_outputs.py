@@ -148,3 +148,13 @@ def test_a_parameter_that_only_one_side_uses():
     assert float(value) == 1.0
     assert found["shared"].tolist() == found["kept"].tolist() == [-2.0]
     assert "current" not in found
+
+
+def test_outputs_that_nothing_trained_has_a_part_in():
+    p = {"theta": torch.tensor([2.0], requires_grad=True)}
+    value, found = lookahead_gradient(
+        lambda q: q["theta"].sum(), lambda q: torch.ones(2, 1), p, {"theta": 0.5},
+        target=torch.zeros(2, 1), form="second_order",
+    )  # fmt: skip
+    assert float(value) == 1.0
+    assert found == {}

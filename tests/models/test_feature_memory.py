@@ -82,13 +82,41 @@ def test_what_is_written_is_not_touched_by_what_comes_later():
     assert memory.classes == [1, 3, 0, 2]
 
 
-def test_a_class_that_comes_back_is_drawn_from_both_by_their_numbers():
-    memory = GaussianMemory()
-    memory.write(*features(300, classes=(0,)))
-    memory.write(*features(100, classes=(0,), shift=100.0))
-    u, _ = memory.sample(20_000, seed())
-    assert (u[:, 0] > 50).float().mean().item() == pytest.approx(0.25, abs=0.02)
-    assert memory.classes == [0]
+@pytest.mark.parametrize("covariance", ["full", "diagonal"])
+def test_a_class_that_comes_back_has_the_density_of_all_its_samples(covariance):
+    u, y = features(90, classes=(0,))
+    parts, whole = GaussianMemory(covariance), GaussianMemory(covariance)
+    for rows in torch.arange(90).split([50, 1, 39]):
+        parts.write(u[rows], y[rows])
+    whole.write(u, y)
+    (found,), (want,) = parts._gaussians[0], whole._gaussians[0]
+    assert found.count == 90
+    torch.testing.assert_close(found.mean, want.mean)
+    square = (lambda f: f.T @ f) if covariance == "full" else torch.square
+    torch.testing.assert_close(square(found.factor), square(want.factor), atol=1e-4, rtol=1e-4)
+    assert parts.nbytes == whole.nbytes
+    assert parts.classes == [0]
+
+
+def test_classes_that_come_back_for_ever_take_no_more_bytes():
+    memory = GaussianMemory(3, components=2)
+    for visit in range(30):
+        memory.write(*features(20, seed=visit), seed(visit))
+        # Clusters of few samples have fewer directions.
+        assert memory.nbytes <= 2 * 2 * (6 + 3 * 6) * 4
+    assert sum(g.count for g in memory._gaussians[1]) == 600
+
+
+def test_of_a_classs_densities_the_nearest_become_one():
+    memory = GaussianMemory("diagonal", components=2)
+    for shift, n in ((0.0, 300), (100.0, 100), (8.0, 200)):
+        u = features(n, classes=(0,), shift=shift)[0]
+        memory._gaussians[0] = memory._pooled([*memory._gaussians.get(0, []), memory._fit(u)])
+    assert sorted(g.count for g in memory._gaussians[0]) == [100, 500]
+    u = memory.sample(20_000, seed())[0]
+    assert (u[:, 0] > 50).float().mean().item() == pytest.approx(1 / 6, abs=0.02)
+    want = (100 * 100 + 200 * 8) / 600
+    assert memory.mean(0).mean().item() == pytest.approx(want, abs=0.3)
 
 
 def test_clusters_of_a_class_are_kept_apart():

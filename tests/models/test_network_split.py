@@ -167,6 +167,13 @@ def test_a_connection_past_the_layer_is_refused(net):
         NetworkSplit(model, "low").check(torch.randn(2, 6))
 
 
+def test_a_network_that_has_diverged_is_told_so():
+    model = Inplace()
+    model.top.weight.data.fill_(torch.inf)
+    with pytest.raises(ValueError, match="diverged"):
+        NetworkSplit(model, "low").check(torch.randn(2, 6))
+
+
 @pytest.mark.parametrize(
     ("net", "layer", "match"),
     [

@@ -250,6 +250,15 @@ def test_they_compose_with_replay_and_drl_in_either_order(kind, other):
 
 
 @every
+def test_a_compiled_network_is_what_it_is_uncompiled(kind):
+    plain = weights(run(mlp(), [PLUGINS[kind]()], n=2))
+    model = mlp()
+    run(torch.compile(model, backend="eager"), [PLUGINS[kind]()], n=2)
+    found = torch.cat([v.detach().double().flatten() for v in model.state_dict().values()])
+    torch.testing.assert_close(found, plain, atol=1e-6, rtol=1e-5)
+
+
+@every
 def test_data_on_the_device_change_nothing(kind):
     plain = run(mlp(), [PLUGINS[kind]()])
     resident = run(mlp(), [DeviceDataPlugin(), PLUGINS[kind]()])

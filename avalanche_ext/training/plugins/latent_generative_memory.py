@@ -21,7 +21,8 @@ Faithfulness:
        nothing about it, and shows that something must be done.
     3. A frozen encoder is in evaluation mode: batch statistics do not move either. So is a slow or
        distilled one after the first experience, as in the code of Liu et al.
-    4. ``r`` is the share of new classes; labels of what is drawn take turns over all old classes.
+    4. ``r`` is the share of new classes, counted at every visit; labels of what is drawn take turns
+       over all old classes.
     5. Features that have never been below 0 are drawn at or above 0.
     6. The distance of ``"distill"`` is the squared one, summed over features, a mean over samples,
        with weight ``lam`` beside the mixed loss. The code of Liu et al. takes a norm of the
@@ -196,14 +197,23 @@ class LatentGenerativeMemoryPlugin(LatentRehearsal):
 
     def _keep_prototypes(self, strategy: Any, u: Tensor, y: Tensor) -> None:
         source = source_for(strategy, self._learning.dataset.eval())
+        now = NetworkSplit(bare(strategy.model), self.layer)
+        memory = self.memory
+        assert isinstance(memory, GaussianMemory)
+
+        def nearest(features: Tensor, label: int) -> Tensor:
+            distance = (features - memory.mean(label)).square().sum(1)
+            return distance.argsort(stable=True)[: self.prototypes]
+
         for label in y.unique().tolist():
             rows = torch.nonzero(y == label)[:, 0]
-            distance = (u[rows] - u[rows].mean(0)).square().sum(1)
-            nearest = rows[distance.argsort(stable=True)[: self.prototypes]].cpu()
+            chosen = rows[nearest(u[rows], label)].cpu()
             with torch.random.fork_rng(devices=[]):
-                x = source.gather(nearest)[0].to(strategy.device)
-            # A class that comes back keeps what it had.
-            self.images[label] = torch.cat([self.images[label], x]) if label in self.images else x
+                x = source.gather(chosen)[0].to(strategy.device)
+            if label in self.images:  # a class that has come back
+                x = torch.cat([self.images[label], x])
+                x = x[nearest(dataset_features(strategy, now, x), label)]
+            self.images[label] = x
 
     # one step -------------------------------------------------------------------------------
 
@@ -211,6 +221,7 @@ class LatentGenerativeMemoryPlugin(LatentRehearsal):
         """Listen to the encoder, where its features are needed."""
         super().before_forward(strategy, **kwargs)
         distils = self.encoder == "distill" and self._teacher is not None
+        self.after_forward(strategy)  # of a pass that ended in an error
         if self.r != 1 and (distils or isinstance(self.memory, GeneratorMemory)):
             assert self._split is not None
             self._listening = self._split.listen(self._keep)

@@ -12,8 +12,10 @@ from avalanche.benchmarks import split_online_stream
 from avalanche.evaluation.metrics import accuracy_metrics
 from avalanche.models import IncrementalClassifier, as_multitask
 from avalanche.training.plugins import (
+    AGEMPlugin,
     EvaluationPlugin,
     EWCPlugin,
+    GEMPlugin,
     LwFPlugin,
     ReplayPlugin,
     SupervisedPlugin,
@@ -350,7 +352,6 @@ def test_drawn_features_teach_the_head_alone():
                     strategy.mb_output, strategy.mb_y
                 )
 
-    _, _, steps = probed(lambda: LGM(encoder="finetune"), n=1)
     plugin = LGM(encoder="finetune")
     probe = Probe(plugin)
     run([plugin, Alone(), probe], n=2)
@@ -359,24 +360,48 @@ def test_drawn_features_teach_the_head_alone():
     assert steps["features.2.weight"].abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("encoder", ["freeze_after_first", "finetune"])
-def test_statistics_of_the_encoder_follow_new_data_alone(encoder):
+def test_statistics_of_the_encoder_follow_new_data_alone():
     """The single sample of zeros in front of the cut leaves no trace."""
     found = []
     for watched in (True, False):
         torch.manual_seed(0)
         model = Net()
-        plugin = LatentGenerativeMemoryPlugin("body.1", encoder=encoder, r=0.999999999)
+        plugin = LatentGenerativeMemoryPlugin("body.1", encoder="finetune", r=0.999999999)
         strategy = naive(model, [plugin] if watched else [])
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         model.classifier.requires_grad_(True)
         for experience in class_stream().train_stream[:2]:
             strategy.train(experience, eval_streams=[])
-            if encoder == "freeze_after_first":
-                break
         found.append(model.body[1].running_mean.clone())
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("rival", [AGEMPlugin(4, 4), GEMPlugin(4, 0.5)], ids=["agem", "gem"])
+@pytest.mark.parametrize("make", [
+    lambda: LatentGenerativeMemoryPlugin("body.3"),
+    lambda: LatentGenerativeMemoryPlugin("body.3", encoder="slow"),
+    lambda: LatentGenerativeMemoryPlugin("body.3", encoder="distill"),
+    lambda: LatentReplayPlugin("body.3", mem=20),
+], ids=["frozen", "slow", "distilled", "stored"])  # fmt: skip
+def test_a_plugin_that_puts_all_in_training_mode_does_not_move_what_is_held(make, rival):
+    class Modes(SupervisedPlugin):
+        def after_forward(self, strategy, **kwargs):
+            modes.append([module.training for module in strategy.model.body])
+
+    torch.manual_seed(0)
+    model, modes = Net(), []
+    strategy = naive(model, [make(), copy.deepcopy(rival), Modes()])
+    stream = class_stream().train_stream
+    strategy.train(stream[0], eval_streams=[])
+    front, behind = copy.deepcopy(model.body[1]), copy.deepcopy(model.top[1])
+    assert all(map(all, modes))
+    modes.clear()
+    strategy.train(stream[1], eval_streams=[])
+    assert not any(map(any, modes))
+    for (name, now), before in zip(model.body[1].named_buffers(), front.buffers(), strict=True):
+        assert torch.equal(now, before), name
+    assert not torch.equal(model.top[1].running_mean, behind.running_mean)
 
 
 @pytest.mark.parametrize("encoder", ["slow", "distill"])
@@ -615,6 +640,10 @@ def test_what_it_finds_is_logged():
     before, after = (m.features[:2](x) for m in (probe.steps[5]["model"], strategy.model))
     moved = ((after - before).square().sum() / before.square().sum()).item()
     assert found["LatentGenerativeMemory_Drift"] == pytest.approx(moved, rel=1e-4)
+    keeps = LGM(encoder="slow", drift="prototypes", prototypes=3)
+    run([keeps], n=2, evaluator=evaluator)
+    images = 4 * 3 * 8 * 4
+    assert found["LatentGenerativeMemory_Bytes"] == keeps.memory.nbytes + images
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -641,8 +670,37 @@ def test_parts_of_an_online_stream_are_one_experience():
 def test_classes_that_come_back_are_drawn_from_all_that_they_had():
     plugin = CASES["gaussian"]()
     stream = class_stream().train_stream
-    run([plugin], stream=[stream[0], stream[0], stream[1]])
-    assert [len(g) for g in plugin.memory._gaussians.values()] == [2, 2, 1, 1]
+    found = []
+
+    class Weight(SupervisedPlugin):
+        def before_training_epoch(self, strategy, **kwargs):
+            found.append(plugin._weight)
+
+    strategy = run([plugin, Weight()], stream=[stream[0], stream[0], stream[1]])
+    densities = plugin.memory._gaussians
+    assert [[d.count for d in parts] for parts in densities.values()] == [[40], [40], [20], [20]]
+    x = torch.stack([x for x, y, *_ in stream[0].dataset if y == 1])
+    u = NetworkSplit(strategy.model, "features.1").features(x).detach()
+    torch.testing.assert_close(densities[1][0].mean, u.mean(0))
+    assert found == [1, 2 / 4, 2 / 6]  # classes are counted at each visit
+
+
+def test_prototypes_of_a_class_that_comes_back_are_as_many():
+    plugin = LGM(encoder="slow", slow=0.0, drift="prototypes", prototypes=3)
+    stream, others = (class_stream(seed=s).train_stream for s in (0, 1))
+    strategy = run([plugin], stream=[stream[0], others[0]])
+    assert {label: x.shape for label, x in plugin.images.items()} == {0: (3, 8), 1: (3, 8)}
+    split = NetworkSplit(strategy.model, "features.1")
+    for label in (0, 1):  # the nearest of both visits, as the three of each visit can tell
+        x = [torch.stack([x for x, y, *_ in s[0].dataset if y == label]) for s in (stream, others)]
+        u = [split.features(part).detach() for part in x]
+        means = u[0].mean(0), torch.cat(u).mean(0)
+        pool = torch.cat([
+            part[(v - mean).norm(dim=1).argsort()[:3]]
+            for part, v, mean in zip(x, u, means, strict=True)
+        ])  # fmt: skip
+        far = (split.features(pool).detach() - means[1]).norm(dim=1)
+        torch.testing.assert_close(plugin.images[label], pool[far.argsort()[:3]])
 
 
 # degenerate -------------------------------------------------------------------------------------
@@ -706,6 +764,56 @@ def test_one_head_does_not_look_at_task_labels():
 def test_a_head_for_each_task_is_refused():
     with pytest.raises(ValueError, match="MultiTaskDecorator"):
         run([CASES["gaussian"]()], model=as_multitask(MLP(8, (16, 12), 6), "classifier"))
+
+
+def test_a_network_from_compile_is_refused():
+    model = torch.compile(MLP(8, (16, 12), 6), backend="eager")
+    with pytest.raises(ValueError, match="CompilePlugin"):
+        naive(model, [CASES["gaussian"]()]).train(class_stream().train_stream[0])
+
+
+@pytest.mark.parametrize(("encoder", "n"), [("frozen", 0), ("freeze_after_first", 1)])
+def test_a_cut_that_leaves_nothing_to_learn_is_refused(encoder, n):
+    plugin = LatentGenerativeMemoryPlugin("classifier", encoder=encoder)
+    strategy = run([plugin], n=n)
+    with pytest.raises(ValueError, match="nothing is left to learn"):
+        strategy.train(class_stream().train_stream[n], eval_streams=[])
+
+
+def test_a_layer_without_features_is_refused():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.low, self.one, self.top = nn.Linear(8, 1), nn.Flatten(0), nn.Linear(1, 6)
+
+        def forward(self, x):
+            return self.top(self.one(self.low(x))[:, None])
+
+    with pytest.raises(ValueError, match=r"layer 'one' gives one number|no row|shape"):
+        run([LatentGenerativeMemoryPlugin("one")], model=Sum())
+
+
+def test_a_generator_by_name_needs_an_output_for_every_class():
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match=r"no label for \[2, 3\].*n_classes"):
+        run([LatentGenerativeMemoryPlugin("body.3", memory="vae")], model=Net())
+
+
+def test_the_network_is_left_as_it_was_after_an_error():
+    class Fails(SupervisedPlugin):
+        def before_forward(self, strategy, **kwargs):
+            if strategy.clock.train_iterations == 7:
+                raise KeyboardInterrupt
+
+    plugin = CASES["distill"]()
+    strategy = run([plugin], n=1)
+    strategy.plugins.append(Fails())
+    stream = class_stream().train_stream
+    with pytest.raises(KeyboardInterrupt):
+        strategy.train(stream[1], eval_streams=[])
+    strategy.plugins.pop()
+    strategy.train(stream[2], eval_streams=[])
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in strategy.model.modules())
 
 
 def test_another_network_in_mid_stream_is_refused():
