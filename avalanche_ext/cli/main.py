@@ -29,12 +29,12 @@ def main(arguments: list[str] | None = None) -> int:
         status = options.execute(options)
         sys.stdout.flush()
         return status
-    except (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError) as error:
-        print(f"avalanche-ext: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:  # whoever reads has seen enough, as in '... | head'
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+        print(f"avalanche-ext: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("\navalanche-ext: stopped; the same command goes on from here", file=sys.stderr)
         return 130

@@ -16,7 +16,9 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import time
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,7 @@ class Checkpoints:
         self.trusted = trusted
         self.log_position = log_position
         self.rewind_logs = rewind_logs
+        self.seconds = 0.0  # that writing has taken within the present experience
         self._experience = 0
         self._pending: dict[str, Any] | None = None
         self._loggers: Any = None
@@ -91,6 +94,7 @@ class Checkpoints:
 
         Raises:
             UntrustedCheckpointError: If a plugin's state was pickled and ``trusted`` is off.
+            ValueError: If the file is damaged, or of another version or strategy.
         """
         saved = self._load("experience.pt")
         step = self._load("step.pt")
@@ -107,7 +111,7 @@ class Checkpoints:
 
     def train(self, index: int, experience: Any, **kwargs: Any) -> None:
         """``strategy.train`` on experience ``index``, or on what is left of it."""
-        strategy, self._experience = self.strategy, index
+        strategy, self._experience, self.seconds = self.strategy, index, 0.0
         epochs = strategy.train_epochs
         if self._pending is not None:
             # What the experience's beginning logs was logged the first time.
@@ -155,6 +159,7 @@ class Checkpoints:
         return inner(**kwargs)
 
     def _save_step(self, step: int, began: Any, draws: list[tuple[int, Tensor]]) -> None:
+        start = time.perf_counter()
         self._write("step.pt", {
             **self._state(self._experience),
             "epoch": self.strategy.clock.train_exp_epochs,
@@ -162,6 +167,7 @@ class Checkpoints:
             "epoch_random": began,
             "draws": [list(draw) for draw in draws],
         })  # fmt: skip
+        self.seconds += time.perf_counter() - start
 
     # state ----------------------------------------------------------------------------------
 
@@ -247,6 +253,11 @@ class Checkpoints:
         path = self.folder / name
         if not path.exists():
             return None
+        if not _is_whole(path):
+            raise ValueError(
+                f"{path} is damaged, so its run cannot go on from there. Delete the folder of its "
+                f"seed, or begin again with --overwrite."
+            )
         state = torch.load(path, map_location=self.strategy.device, weights_only=True)
         if state.get("format") != _FORMAT:
             raise ValueError(
@@ -254,6 +265,15 @@ class Checkpoints:
                 f"{_FORMAT}; run it with the version that wrote it, or with --overwrite."
             )
         return state
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file of ``torch.save`` has the checksums that it was written with."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except (zipfile.BadZipFile, EOFError):
+        return False
 
 
 class _Paced:

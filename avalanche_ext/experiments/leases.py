@@ -30,15 +30,27 @@ class FileLock:
     """``with FileLock(path):`` one process at a time; a process that dies lets go of it.
 
     It does not keep the threads of one process apart.
+
+    Args:
+        path: The file, which stays.
+        wait: Whether to wait for a process that holds it.
+
+    Raises:
+        BlockingIOError: If another process holds it, without ``wait``.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, wait: bool = True) -> None:
         self.path = path
+        self.wait = wait
         self._file = -1
 
     def __enter__(self) -> FileLock:
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-        _locks().lockf(self._file, _locks().LOCK_EX)
+        try:
+            _locks().lockf(self._file, _locks().LOCK_EX | (0 if self.wait else _locks().LOCK_NB))
+        except OSError as error:
+            os.close(self._file)
+            raise BlockingIOError(f"another process holds {self.path}") from error
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -30,6 +32,7 @@ from avalanche_ext.evaluation.tables import COLUMNS, measured_fields
 from avalanche_ext.experiments.build import build_strategy
 from avalanche_ext.experiments.checkpoint import Checkpoints
 from avalanche_ext.experiments.generation import GENERATION_COLUMNS, GenerationWatch
+from avalanche_ext.experiments.leases import FileLock
 from avalanche_ext.experiments.observers import ClassCounter, Logs, Progress, SampleCounter
 from avalanche_ext.experiments.provenance import commit, peak_memory, versions
 from avalanche_ext.experiments.sample_grids import SampleGrids
@@ -47,6 +50,7 @@ __all__ = [
 ]
 
 Say = Callable[[str], None]
+_LOCK = "running"  # held by the process that writes in the folder
 
 
 class FinishedError(Exception):
@@ -86,18 +90,56 @@ def run_recipe(
 
     Raises:
         FinishedError: If the folder holds this very run, complete.
-        ValueError: If it holds a run of other settings, or files that are no run.
+        ValueError: If it holds a run of other settings, or files that are no run; if another
+            process is at work there; for a bad argument of any of the methods, before the first
+            one is run.
     """
     members = member_folders(out, recipe, baselines)
     if out.is_file():
         raise ValueError(f"{out} is a file; --out names the folder of the run.")
-    if out.exists() and not (out / "recipe.json").exists() and any(out.iterdir()):
+    inside = [path.name for path in out.iterdir()] if out.exists() else []
+    if {*inside} - {_LOCK} and "recipe.json" not in inside:
         raise ValueError(
             f"{out} holds files, but no run (no recipe.json); choose another --out. Nothing of it "
             f"was touched."
         )
-    if overwrite and out.exists():
-        shutil.rmtree(out)
+    for _, member in members:
+        find_card(member.method).build(member)  # a bad argument is an error now, not hours later
+    out.mkdir(parents=True, exist_ok=True)
+    # Other systems have no such locks.
+    lock = FileLock(out / _LOCK, wait=False) if os.name == "posix" else contextlib.nullcontext()
+    try:
+        with lock:
+            try:
+                return _run_members(
+                    members, overwrite, device=device, checkpoint_every=checkpoint_every,
+                    trust_checkpoint=trust_checkpoint, say=say,
+                )  # fmt: skip
+            finally:
+                (out / _LOCK).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    out.rmdir()  # if nothing came of it
+    except BlockingIOError as error:
+        raise ValueError(
+            f"another process is running in {out}; wait until it has finished, or choose another "
+            f"--out."
+        ) from error
+
+
+def _run_members(
+    members: list[tuple[Path, Recipe]],
+    overwrite: bool,
+    *,
+    say: Say,
+    **options: Any,
+) -> dict[str, Any]:
+    out, recipe = members[0]
+    if overwrite:
+        for path in out.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != _LOCK:
+                path.unlink()
     for folder, member in members:
         _check_same(folder, member)
     missing = [
@@ -112,10 +154,7 @@ def run_recipe(
         folder.mkdir(parents=True, exist_ok=True)
         _write_json(folder / "recipe.json", to_json(member))
     for member, (seed, order_seed), home in missing:
-        result = run_seed(
-            member, seed, home, order_seed=order_seed, device=device,
-            checkpoint_every=checkpoint_every, trust_checkpoint=trust_checkpoint, say=say,
-        )  # fmt: skip
+        result = run_seed(member, seed, home, order_seed=order_seed, say=say, **options)
         lost = result.get("forgetting")
         say(
             f"{member.name} {home.name.replace('_', ' ')}: accuracy "
@@ -126,11 +165,19 @@ def run_recipe(
     rows = [summarise(run_folders(folder, recipe).values(), member) for folder, member in members]
     summary = {
         "recipe": recipe.name,
-        "device": device,
+        "device": options["device"],
         "versions": versions(),
+        "commit": commit(),
         "rows": rows[1:] + rows[:1],
     }
     _write_json(out / "summary.json", summary)
+    shown = {home.name for home in run_folders(out, recipe).values()}
+    others = sorted({path.parent.name for path in out.glob("seed_*/result.json")} - shown)
+    if others:
+        say(
+            f"{out} also holds {', '.join(others)}, which this table leaves out; ask for them with "
+            f"--seeds."
+        )
     return summary
 
 
@@ -213,7 +260,7 @@ def run_seed(
         start = time.perf_counter()
         strategy.train_epochs = epochs[k]
         checkpoints.train(k, experience)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.perf_counter() - start - checkpoints.seconds)
         sizes.append(count_parameters(strategy.model))
         made += watch.after_experience(k)
         matrix.append(_accuracies(strategy.eval(watched), watched.name))
@@ -280,9 +327,10 @@ def watched_stream(benchmark: Any) -> Any:
 
 def summarise(homes: Iterable[Path], recipe: Recipe) -> dict[str, Any]:
     """One row of a table from the folders of a recipe's runs."""
-    results = [json.loads((home / "result.json").read_text("utf-8")) for home in homes]
+    results = [_result(home / "result.json") for home in homes]
     title = recipe.title or find_card(recipe.method).title
-    if not recipe.title and getattr(recipe, "mode", "per_group") != "per_group":
+    own_mode = recipe.method in ("ber", "drl_ber") and getattr(recipe, "mode", "per_group")
+    if not recipe.title and own_mode and own_mode != "per_group":
         title += f" {recipe.mode}"  # type: ignore[attr-defined]
     # The rest is in each result.json, and in the report's table of all metrics.
     more = ("test_accuracy", "average_validation_accuracy", "parameters_mean", *GENERATION_COLUMNS)
@@ -296,6 +344,15 @@ def summarise(homes: Iterable[Path], recipe: Recipe) -> dict[str, Any]:
         "accuracy_matrices": [r["accuracy_matrix"] for r in results],
         "settings": to_json(recipe),
     }
+
+
+def _result(path: Path) -> dict[str, Any]:
+    found = json.loads(path.read_text("utf-8"))
+    if "accuracy_matrix" not in found:
+        raise ValueError(
+            f"{path} is no result of a run; delete it, and the same command repeats it."
+        )
+    return found
 
 
 def _accuracies(metrics: dict[str, Any], stream: str) -> list[float]:

@@ -128,11 +128,11 @@ class CompetitiveMLP(nn.Module):
             raise ValueError(
                 f"CompetitiveMLP expects activation 'maxout' or 'lwta'; got {activation!r}."
             )
-        bad = [width for width in hidden if width < 1 or width % k]
-        if not hidden or bad or min(in_features, n_classes) < 1:
+        bad = [width for width in hidden if k < 1 or width < 1 or width % k]
+        if not hidden or bad or min(in_features, n_classes, k) < 1:
             raise ValueError(
-                f"CompetitiveMLP expects positive widths, hidden ones multiples of k={k}; got "
-                f"{in_features}, {list(hidden)} and {n_classes} classes."
+                f"CompetitiveMLP expects positive widths, hidden ones multiples of k >= 1; got "
+                f"k={k}, {in_features}, {list(hidden)} and {n_classes} classes."
             )
         competition = Maxout if activation == "maxout" else LWTA
         shrink = k if activation == "maxout" else 1

@@ -10,6 +10,7 @@ References:
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,10 +56,14 @@ class ChannelMasks:
 
     def __post_init__(self) -> None:
         factor = self.s_max if self.lr_factor is None else self.lr_factor
-        if self.lam < 0 or not factor > 0:
+        given = (self.lam, self.s_max, factor, self.min_share)
+        if not all(map(math.isfinite, given)) or not (
+            self.lam >= 0 and self.s_max > 0 and factor > 0 and 0 <= self.min_share <= 1
+        ):
             raise ValueError(
-                f"ChannelMasks expects lam >= 0 and lr_factor > 0; got lam={self.lam} and "
-                f"lr_factor={self.lr_factor}."
+                f"ChannelMasks expects finite lam >= 0, s_max > 0 and lr_factor > 0, and min_share "
+                f"from 0 to 1; got lam={self.lam}, s_max={self.s_max}, "
+                f"lr_factor={self.lr_factor}, min_share={self.min_share}."
             )
 
 

@@ -6,6 +6,7 @@ A recipe is a frozen dataclass: one protocol, complete. Changing a field makes a
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from avalanche_ext.recipes.streams import BenchmarkSettings
@@ -56,7 +57,7 @@ class Recipe:
         published: The paper's figures; empty where none could be verified.
 
     Raises:
-        ValueError: If ``seeds`` and ``order_seeds`` do not pair up.
+        ValueError: For a number out of range; if ``seeds`` and ``order_seeds`` do not pair up.
     """
 
     name: str
@@ -93,6 +94,21 @@ class Recipe:
             raise ValueError(
                 f"{self.name}: momentum is SGD's; got momentum={self.momentum} with "
                 f"optimizer='adam'. Set one of the two."
+            )
+        for field, least in (("batch_size", 1), ("epochs", 1), ("warmup_epochs", 0)):
+            if getattr(self, field) < least:
+                raise ValueError(
+                    f"{self.name}: expected {field} >= {least}; got {getattr(self, field)}."
+                )
+        for field in ("lr", "momentum", "weight_decay"):
+            if not 0 <= getattr(self, field) < math.inf:
+                raise ValueError(
+                    f"{self.name}: expected a finite {field} >= 0; got {getattr(self, field)}."
+                )
+        if list(self.milestones) != sorted({m for m in self.milestones if m >= 0}):
+            raise ValueError(
+                f"{self.name}: expected milestones >= 0 in ascending order; got "
+                f"{list(self.milestones)}."
             )
         sizes = {len(self.seeds), len(self.order_seeds) or 1} - {1}
         if not self.seeds or len(sizes) > 1:

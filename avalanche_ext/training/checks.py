@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from numbers import Real
 from typing import Any
 
+from avalanche.training.plugins import SupervisedPlugin
+
 __all__ = [
+    "CheckedPlugin",
     "check_count",
     "check_experience",
     "check_labels_fit",
@@ -37,6 +41,29 @@ def check_one_of(owner: str, name: str, value: Any, allowed: tuple[Any, ...]) ->
     """Raise unless ``value`` is one of ``allowed``."""
     if value not in allowed:
         raise ValueError(f"{owner} expects {name} to be one of {list(allowed)}; got {value!r}.")
+
+
+class CheckedPlugin(SupervisedPlugin):
+    """Base of plugins: a mistake in the data is an error before the first update."""
+
+    _clock: Any = None  # of the strategy that it learns with
+
+    def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
+        """Refuse an empty experience before a loader is built for it; warn of a second strategy."""
+        check_experience(strategy)
+        if self._clock is not None and self._clock is not strategy.clock:
+            name = type(self).__name__
+            warnings.warn(
+                f"this {name} has been trained with another strategy, and goes on with what it "
+                f"remembers from there. For a run of its own give each strategy a new {name}.",
+                stacklevel=2,
+            )
+        self._clock = strategy.clock
+
+    def after_forward(self, strategy: Any, **kwargs: Any) -> None:
+        """Before the first loss of an experience: do the labels fit the head?"""
+        if strategy.clock.train_exp_iterations == 0:
+            check_labels_fit(strategy)
 
 
 def check_experience(strategy: Any) -> None:

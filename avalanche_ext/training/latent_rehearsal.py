@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import torch
 from avalanche.models import MultiTaskModule
 from avalanche.models.utils import avalanche_forward
-from avalanche.training.plugins import SupervisedPlugin
 from avalanche.training.templates.problem_type.supervised_problem import SupervisedProblem
 from avalanche.training.utils import _at_task_boundary
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from avalanche_ext.functional.generative import new_data_weight
 from avalanche_ext.models.modes import evaluating
 from avalanche_ext.models.network_split import NetworkSplit
-from avalanche_ext.training.checks import check_experience
+from avalanche_ext.training.checks import CheckedPlugin
 from avalanche_ext.training.loading.flat_data import attribute_values
 from avalanche_ext.training.loading.sampling import seeded
 from avalanche_ext.training.loading.sources import TensorSource, source_for
@@ -62,7 +61,7 @@ class LatentMemory(Protocol):
         ...
 
 
-class LatentRehearsal(SupervisedPlugin):
+class LatentRehearsal(CheckedPlugin):
     """Base of the plugins that rehearse features.
 
     Args:
@@ -157,7 +156,7 @@ class LatentRehearsal(SupervisedPlugin):
 
     def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
         """Refuse what cannot be rehearsed, before anything changes."""
-        check_experience(strategy)
+        super().before_train_dataset_adaptation(strategy, **kwargs)
         if self.r != 1 and _at_task_boundary(strategy.experience, before=True):
             self._check_model(strategy)
             self._close(strategy)  # an online stream does not always say which part is the last

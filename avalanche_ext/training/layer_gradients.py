@@ -114,6 +114,11 @@ class LayerGradients:
     ) -> bool:
         """Whether the samples' gradients add up to the batch's."""
         sums = self._total(taken, lambda g: g)
+        if not all(bool(torch.isfinite(total).all()) for total in sums.values()):
+            raise ValueError(
+                "the samples' gradients are not finite: training has diverged. Lower the learning "
+                "rate."
+            )
         return all(
             torch.allclose(
                 total, torch.zeros_like(total) if want is None else want, rtol=1e-3,

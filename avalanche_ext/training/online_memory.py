@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from avalanche.models import MultiTaskModule
 from avalanche.models.utils import avalanche_forward
-from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor
 
 from avalanche_ext.models.modes import evaluating
-from avalanche_ext.training.checks import check_count, check_experience
+from avalanche_ext.training.checks import CheckedPlugin, check_count
 from avalanche_ext.training.loading.sampling import seeded
 from avalanche_ext.training.publishing import publish
 from avalanche_ext.training.representation_penalty import bare
@@ -30,7 +29,7 @@ _DEFAULT_MEM = 200
 _STEPS_BETWEEN_CHECKS = 50
 
 
-class OnlineMemory(SupervisedPlugin):
+class OnlineMemory(CheckedPlugin):
     """A plugin that keeps outputs for ``n_inputs`` inputs, drawn anew in every step.
 
     Args:
@@ -101,10 +100,6 @@ class OnlineMemory(SupervisedPlugin):
         return 0 if self.memory is None else self.memory.nbytes
 
     # hooks ----------------------------------------------------------------------------------
-
-    def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
-        """Refuse an empty experience before a loader is built for it."""
-        check_experience(strategy)
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Is the plugin whose memory is used there to fill it?"""

@@ -11,7 +11,6 @@ import warnings
 from typing import Any
 
 import torch
-from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -22,7 +21,7 @@ from avalanche_ext.models.recording import (
     identity,
     select_layers,
 )
-from avalanche_ext.training.checks import check_experience, check_nonnegative, check_one_of
+from avalanche_ext.training.checks import CheckedPlugin, check_nonnegative, check_one_of
 from avalanche_ext.training.distributed import whole_batch
 from avalanche_ext.training.publishing import publish
 
@@ -121,7 +120,7 @@ def as_rows(name: str, h: Tensor, conv: str) -> Tensor:
     return h.mean((2, 3)) if conv == "pool" else h.movedim(1, -1).flatten(0, 2)
 
 
-class RepresentationPenalty(SupervisedPlugin):
+class RepresentationPenalty(CheckedPlugin):
     """A loss term of hidden activations; subclasses say which in ``penalty``.
 
     Args:
@@ -172,10 +171,6 @@ class RepresentationPenalty(SupervisedPlugin):
 
     # set-up ---------------------------------------------------------------------------------
 
-    def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
-        """Refuse an empty experience before a loader is built for it."""
-        check_experience(strategy)
-
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Find the layers: adaptation may have replaced modules."""
         if self.lam == 0:
@@ -201,6 +196,7 @@ class RepresentationPenalty(SupervisedPlugin):
 
     def after_forward(self, strategy: Any, **kwargs: Any) -> None:
         """Compute the term at once: another plugin's forward pass may follow."""
+        super().after_forward(strategy, **kwargs)
         if self.lam == 0:
             return
         self._recorder.detach()

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from avalanche_ext.training.checks import check_nonnegative
+
 __all__ = ["Schedule", "set_rate"]
 
 
@@ -16,12 +18,22 @@ class Schedule:
     Args:
         lr: Learning rate after warm-up.
         warmup_epochs: In epoch e of the warm-up it is ``lr * (e + 1) / warmup_epochs``.
-        milestones: Epochs of the drops, counted from the end of the warm-up.
+        milestones: Epochs of the drops, ascending, counted from the end of the warm-up.
+
+    Raises:
+        ValueError: For a number out of range.
     """
 
     lr: float = 0.1
     warmup_epochs: int = 10
     milestones: tuple[int, ...] = (100, 120)
+
+    def __post_init__(self) -> None:
+        check_nonnegative("Schedule", lr=self.lr, warmup_epochs=self.warmup_epochs)
+        if list(self.milestones) != sorted({m for m in self.milestones if m >= 0}):
+            raise ValueError(
+                f"Schedule expects milestones >= 0 in ascending order; got {self.milestones}."
+            )
 
     def at(self, epoch: int) -> float:
         """The learning rate of an epoch, counted from 0."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -134,6 +136,71 @@ def test_a_mistake_gives_one_clear_line(command, message, capsys, tmp_path):
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("avalanche-ext: ")
     assert message in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"), [("lam=-1", "finite lam >= 0"), ("mode=foo", "mode"), ("mem=-5", "mem")]
+)
+def test_a_mistake_of_the_last_method_is_told_before_the_first_is_run(
+    setting, message, capsys, tmp_path
+):
+    out = tmp_path / "out"
+    assert main(["run", "drl_ber/split_digits", "--set", setting, "--out", str(out)]) == 2
+    told = capsys.readouterr()
+    assert message in told.err
+    assert "accuracy" not in told.out
+    assert not out.exists()
+
+
+def test_only_rows_with_a_mode_are_named_after_it(tmp_path, capsys):
+    command = ["run", "drl_ber/split_digits", "--smoke", "--seeds", "0", "--set", "mode=balanced"]
+    assert main([*command, "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "summary.json").read_text())["rows"]
+    assert [r["title"] for r in rows] == ["Naive", "ER", "DRL+BER balanced"]
+
+
+def test_two_processes_do_not_share_a_folder(finished, capsys):
+    out, command = finished
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import fcntl, sys, time; f = open(sys.argv[1], 'w'); "
+         "fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)",
+         str(out / "running")], stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert holder.stdout.readline() == "held\n"
+        before = sorted(out.rglob("*"))
+        assert main([*command, "--overwrite"]) == 2
+        assert "another process is running in" in capsys.readouterr().err
+        assert sorted(out.rglob("*")) == before
+    finally:
+        holder.kill()
+        holder.wait()
+    assert main(command) == 0  # what a process that was killed leaves behind is no lock
+    assert not (out / "running").exists()
+
+
+def test_seeds_that_the_table_leaves_out_are_named(tmp_path, capsys):
+    command = ["run", "naive/split_digits", "--smoke", "--out", str(tmp_path), "--seeds"]
+    assert main([*command, "0"]) == 0
+    assert "leaves out" not in capsys.readouterr().out
+    assert main([*command, "1"]) == 0
+    assert "seed_0, which this table leaves out" in capsys.readouterr().out
+
+
+def test_a_result_that_is_none_is_named(tmp_path, capsys):
+    command = ["run", "naive/split_digits", "--smoke", "--seeds", "0", "1", "--out", str(tmp_path)]
+    assert main(command) == 0
+    (tmp_path / "seed_0" / "result.json").write_text("{}")
+    (tmp_path / "summary.json").unlink()
+    assert main(command) == 2
+    assert "seed_0/result.json is no result of a run" in capsys.readouterr().err
+
+
+def test_a_place_where_nothing_can_be_written_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    command = ["run", "naive/split_digits", "--smoke", "--out", str(tmp_path / "file" / "run")]
+    assert main(command) == 2
+    assert "file/run" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize("more", [[], ["--overwrite"]])

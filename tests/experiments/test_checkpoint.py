@@ -213,6 +213,26 @@ def test_a_file_of_another_format_is_refused(tmp_path):
         Checkpoints(tmp_path, strategy, benchmark).resume()
 
 
+@pytest.mark.parametrize("damage", ["altered", "cut", "empty", "text"])
+def test_a_damaged_file_is_refused(damage, tmp_path):
+    benchmark, strategy = build("naive")
+    checkpoints = Checkpoints(tmp_path, strategy, benchmark)
+    checkpoints.train(0, benchmark.train_stream[0])
+    checkpoints.save(1, {})
+    path = tmp_path / "experience.pt"
+    whole = path.read_bytes()
+    at = whole.index(strategy.model.body[0].weight.detach().numpy().tobytes()[:64])
+    path.write_bytes({
+        "altered": whole[: at + 20] + bytes([whole[at + 20] ^ 1]) + whole[at + 21 :],
+        "cut": whole[: len(whole) // 2], "empty": b"", "text": b"nothing of the kind",
+    }[damage])  # fmt: skip
+    again = Checkpoints(tmp_path, build("naive")[1], benchmark)
+    with pytest.raises(ValueError, match=r"experience\.pt is damaged"):
+        again.resume()
+    path.write_bytes(whole)
+    again.resume()
+
+
 def test_a_checkpoint_of_other_plugins_is_refused(tmp_path):
     Stop.at = 12
     with pytest.raises(Interrupted):

@@ -78,7 +78,7 @@ def test_winner_takes_all_keeps_the_width():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((8, (5,), 3), r"multiples of k=2; got 8, \[5\]"),
+        ((8, (5,), 3), r"multiples of k >= 1; got k=2, 8, \[5\]"),
         ((8, (), 3), "positive widths"),
         ((8, (4,), 0), "0 classes"),
         ((0, (4,), 3), "positive widths"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -196,3 +197,16 @@ def test_a_recorded_recipe_gains_the_fields_that_came_later():
     latent = to_json(find_recipe("latent_replay/split_mnist"))
     assert completed({k: v for k, v in latent.items() if k != "slow"}) == latent  # its kind's own
     assert SplitMNIST().n_outputs == 10
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("epochs", 0), ("epochs", -1), ("batch_size", 0), ("warmup_epochs", -5), ("lr", -0.1),
+        ("lr", math.nan), ("momentum", -1.0), ("weight_decay", math.inf), ("milestones", (-5,)),
+        ("milestones", (3, 2)),
+    ],
+)  # fmt: skip
+def test_numbers_out_of_range_are_refused(field, value):
+    with pytest.raises(ValueError, match=rf"er/split_digits: expected .*{field} .*got"):
+        dataclasses.replace(find_recipe("er/split_digits"), **{field: value})

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from avalanche_ext import BERPlugin, DRLPlugin
+from avalanche_ext.catalog import CATALOG
+from avalanche_ext.experiments.build import build_strategy
+from avalanche_ext.models.mlp import MLP
 from avalanche_ext.training.checks import (
     check_experience,
     check_labels_fit,
     check_nonnegative,
     check_one_of,
 )
+from tests.conftest import class_stream, naive
 
 
 @pytest.mark.parametrize("value", [0, 0.0, 3, 1e-12, np.float32(0.5), np.int64(2)])
@@ -73,3 +81,55 @@ def test_labels_outside_the_head_are_refused(classes, labels, named):
 @pytest.mark.parametrize("output", [torch.zeros(2), torch.zeros(2, 3, 4, 4), {"a": 1}])
 def test_outputs_that_are_no_class_scores_are_not_judged(output):
     assert check_labels_fit(strategy(output, [0, 99])) is None
+
+
+# every plugin ------------------------------------------------------------------------------------
+
+
+def plugins_of(key):
+    """The method's plugins in its smallest recipe, and that recipe."""
+    recipe = next(r for r in CATALOG[key].recipes if "split_digits" in r.name).smoke()
+    return CATALOG[key].build(recipe), recipe
+
+
+OURS = sorted(
+    key for key, card in CATALOG.items()
+    if card.make is None and not key.startswith("hat")
+    and any(type(p).__module__.startswith("avalanche_ext.") for p in plugins_of(key)[0])
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("key", OURS)
+def test_labels_outside_the_head_are_refused_by_every_plugin(key):
+    _, recipe = plugins_of(key)
+    torch.manual_seed(0)
+    strategy = build_strategy(recipe)
+    experience = recipe.benchmark.build(0).train_stream[0]
+    for name in ("classifier",):
+        head = getattr(strategy.model, name)
+        if not isinstance(head, torch.nn.Linear):
+            pytest.skip("a head that grows, or one for each task")
+        setattr(strategy.model, name, torch.nn.Linear(head.in_features, 1))
+    with pytest.raises(ValueError, match=r"labels 0 to \d, .* 1 units"):
+        strategy.train(experience, eval_streams=[])
+
+
+def learn(plugin, n=2, seed=0):
+    torch.manual_seed(seed)
+    strategy = naive(MLP(8, (16,), 6), [plugin])
+    for experience in class_stream().train_stream[:n]:
+        strategy.train(experience, eval_streams=[])
+    return strategy
+
+
+@pytest.mark.parametrize("make", [lambda: BERPlugin(10), lambda: DRLPlugin(1e-2)])
+def test_a_second_strategy_with_the_same_plugin_is_warned_of(make):
+    plugin = make()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "this .* has been trained")
+        strategy = learn(plugin)
+        going_on = pickle.loads(pickle.dumps(strategy)), copy.deepcopy(strategy)
+        for one in (strategy, *going_on):
+            one.train(class_stream().train_stream[2], eval_streams=[])
+    with pytest.warns(UserWarning, match=rf"this {type(plugin).__name__} has been trained with an"):
+        learn(plugin, n=1)

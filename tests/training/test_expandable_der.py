@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -403,3 +404,29 @@ def test_a_run_trains_the_first_experience_for_its_own_epochs(tmp_path):
     # Forty images each; 20, 20, 18 and 16 exemplars beside them.
     assert result["samples_trained"] == 3 * 40 + 4 * 40 + 20 + 20 + 18 + 16
     assert result["parameters_per_experience"] == [(65 * 5 + 5 * 2 * t) * t for t in range(1, 6)]
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: Schedule(lr=math.nan), "finite lr"),
+        (lambda: Schedule(lr=-0.1), "finite lr"),
+        (lambda: Schedule(warmup_epochs=-1), "warmup_epochs"),
+        (lambda: Schedule(milestones=(5, 2)), "ascending"),
+        (lambda: ClassifierStage(epochs=-1), "finite epochs"),
+        (lambda: ClassifierStage(temperature=0), "temperature > 0"),
+        (lambda: ClassifierStage(temperature=math.nan), "finite temperature"),
+        (lambda: ChannelMasks(lam=math.nan), "lam=nan"),
+        (lambda: ChannelMasks(s_max=0.0, lr_factor=1.0), "s_max=0"),
+        (lambda: ChannelMasks(min_share=1.5), "min_share=1.5"),
+    ],
+)
+def test_settings_out_of_range_are_refused(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()
+
+
+@pytest.mark.parametrize("name", ["prune", "schedule", "first_schedule", "classifier_stage"])
+def test_settings_of_another_kind_are_refused(name):
+    with pytest.raises(TypeError, match=rf"expects {name} to be a .* got 0.1"):
+        ExpandableDER(backbone=build_backbone("mlp", 0, (8,)), **{name: 0.1})

@@ -36,14 +36,13 @@ from typing import Any
 import torch
 from avalanche.models import MultiTaskModule
 from avalanche.models.utils import avalanche_forward
-from avalanche.training.plugins import SupervisedPlugin
 from avalanche.training.templates.problem_type.supervised_problem import SupervisedProblem
 from avalanche.training.utils import _at_task_boundary
 from torch import Tensor
 
 from avalanche_ext.functional.generative import new_data_weight, soft_cross_entropy
 from avalanche_ext.models.frozen import FrozenCopy
-from avalanche_ext.training.checks import check_count, check_experience, check_one_of
+from avalanche_ext.training.checks import CheckedPlugin, check_count, check_one_of
 from avalanche_ext.training.loading.sampling import seeded
 from avalanche_ext.training.publishing import publish
 from avalanche_ext.training.replay_sources import (
@@ -61,7 +60,7 @@ __all__ = ["DGRPlugin"]
 _SALT = 0x646772  # keeps its draws apart from those of other users of the seed
 
 
-class DGRPlugin(SupervisedPlugin):
+class DGRPlugin(CheckedPlugin):
     r"""Train the solver on new samples and on replayed ones, with weights ``r`` and ``1 - r``.
 
     .. math:: L(S_t) = r\, \mathbb E_{D_t}[\ell(S_t(x), y)] + (1 - r)\,
@@ -147,7 +146,7 @@ class DGRPlugin(SupervisedPlugin):
 
     def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
         """Keep the solver as it is: afterwards it may have new units, which know nothing."""
-        check_experience(strategy)
+        super().before_train_dataset_adaptation(strategy, **kwargs)
         if self.r == 1 or not _at_task_boundary(strategy.experience, before=True):
             return
         self._close(strategy)  # an online stream does not always say which part is the last

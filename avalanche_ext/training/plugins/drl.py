@@ -42,7 +42,6 @@ import warnings
 from typing import Any
 
 import torch
-from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor
 
 from avalanche_ext.functional.drl import FORMS, DRLForm, drl_combine, drl_terms
@@ -55,12 +54,7 @@ from avalanche_ext.models.recording import (
     select_layers,
     unmasked,
 )
-from avalanche_ext.training.checks import (
-    check_experience,
-    check_labels_fit,
-    check_nonnegative,
-    check_one_of,
-)
+from avalanche_ext.training.checks import CheckedPlugin, check_nonnegative, check_one_of
 from avalanche_ext.training.distributed import whole_batch
 from avalanche_ext.training.publishing import publish
 
@@ -71,7 +65,7 @@ _STEPS_BETWEEN_CHECKS = 50
 _LABELS_PER_TASK = 1_000_003
 
 
-class DRLPlugin(SupervisedPlugin, supports_distributed=True):
+class DRLPlugin(CheckedPlugin, supports_distributed=True):
     r"""Add ``lam`` times the discriminative representation loss of chosen layers to the loss.
 
     .. math:: L = L_{clf} + \lambda\,(L_{bt} + L_{wi})
@@ -134,7 +128,6 @@ class DRLPlugin(SupervisedPlugin, supports_distributed=True):
         self._sums: Any = None  # a tensor, or numbers on the CPU
         self._summed = 0
         self._steps = 0
-        self._head_checked = False
         self._task_of_label: dict[int, Any] = {}
         self._warned = False
 
@@ -145,13 +138,8 @@ class DRLPlugin(SupervisedPlugin, supports_distributed=True):
 
     # set-up ---------------------------------------------------------------------------------
 
-    def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
-        """Refuse an empty experience before a loader is built for it."""
-        check_experience(strategy)
-
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Find the layers: adaptation may have replaced modules."""
-        self._head_checked = False
         if self.lam == 0:
             return
         if isinstance(strategy.model, torch.nn.DataParallel):
@@ -178,9 +166,7 @@ class DRLPlugin(SupervisedPlugin, supports_distributed=True):
 
     def after_forward(self, strategy: Any, **kwargs: Any) -> None:
         """Compute the term at once: another plugin's forward pass may follow."""
-        if not self._head_checked:
-            check_labels_fit(strategy)
-            self._head_checked = True
+        super().after_forward(strategy, **kwargs)
         if self.lam == 0:
             return
         self._recorder.detach()

@@ -36,19 +36,18 @@ import warnings
 from typing import Any
 
 import torch
-from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
 from avalanche_ext.functional.channel_mask import hat_sparsity
 from avalanche_ext.models.hat_net import HATNet
-from avalanche_ext.training.checks import check_nonnegative
+from avalanche_ext.training.checks import CheckedPlugin, check_nonnegative
 from avalanche_ext.training.publishing import publish
 from avalanche_ext.training.representation_penalty import bare
 
 __all__ = ["HATPlugin"]
 
 
-class HATPlugin(SupervisedPlugin, supports_distributed=True):
+class HATPlugin(CheckedPlugin, supports_distributed=True):
     r"""Train a ``HATNet``: sharpen its masks in every epoch, keep them few, hold what is used.
 
     .. math:: L = L_{clf} + \lambda

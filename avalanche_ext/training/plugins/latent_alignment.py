@@ -34,14 +34,13 @@ from typing import Any
 import torch
 from avalanche.benchmarks.utils.data import AvalancheDataset
 from avalanche.models import MultiHeadClassifier
-from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
 from avalanche_ext.functional.linear_map import r_squared
 from avalanche_ext.models.bridges import Bridges
 from avalanche_ext.models.frozen import FrozenCopy
 from avalanche_ext.models.network_split import NetworkSplit, as_written
-from avalanche_ext.training.checks import check_experience, check_nonnegative, check_one_of
+from avalanche_ext.training.checks import CheckedPlugin, check_nonnegative, check_one_of
 from avalanche_ext.training.latent_rehearsal import dataset_features
 from avalanche_ext.training.loading.sampling import seeded
 from avalanche_ext.training.publishing import publish
@@ -53,7 +52,7 @@ __all__ = ["LatentAlignmentPlugin"]
 _LABEL = "LatentAlignment"
 
 
-class LatentAlignmentPlugin(SupervisedPlugin):
+class LatentAlignmentPlugin(CheckedPlugin):
     r"""Predict earlier tasks by their heads, on features that bridges lead back.
 
     .. math:: \hat y_k(x) = h_k(g_{k+1 \to k} \circ \dots \circ g_{T \to T-1}(f_T(x))), \qquad
@@ -106,7 +105,7 @@ class LatentAlignmentPlugin(SupervisedPlugin):
 
     def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
         """Keep the embedder as it is, before anything changes."""
-        check_experience(strategy)
+        super().before_train_dataset_adaptation(strategy, **kwargs)
         self._task = self._new_label(strategy.experience)
         _head(strategy.model)
         self._old = FrozenCopy(bare(strategy.model)) if self.spaces else None

@@ -221,13 +221,17 @@ class LatentGenerativeMemoryPlugin(LatentRehearsal):
         """Listen to the encoder, where its features are needed."""
         super().before_forward(strategy, **kwargs)
         distils = self.encoder == "distill" and self._teacher is not None
-        self.after_forward(strategy)  # of a pass that ended in an error
+        self._stop_listening()  # to a pass that ended in an error
         if self.r != 1 and (distils or isinstance(self.memory, GeneratorMemory)):
             assert self._split is not None
             self._listening = self._split.listen(self._keep)
 
     def after_forward(self, strategy: Any, **kwargs: Any) -> None:
         """Leave the network as it was."""
+        super().after_forward(strategy, **kwargs)
+        self._stop_listening()
+
+    def _stop_listening(self) -> None:
         if self._listening is not None:
             self._listening.remove()
             self._listening = None

@@ -49,11 +49,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor
 
 from avalanche_ext.functional.importance import anchor_term, grown, quantiles
-from avalanche_ext.training.checks import check_experience, check_nonnegative, check_one_of
+from avalanche_ext.training.checks import CheckedPlugin, check_nonnegative, check_one_of
 from avalanche_ext.training.importances import L2, Fisher, Importance, OutputNorm, trainable
 from avalanche_ext.training.path_importances import FisherPath, PathIntegral
 from avalanche_ext.training.publishing import publish
@@ -80,7 +79,7 @@ _IMPORTANCES: dict[str, Callable[[], Importance]] = {
 _ORDER = 30  # outside the layers that average and unscale gradients: they are true ones here
 
 
-class ParameterAnchorPlugin(SupervisedPlugin, supports_distributed=True):
+class ParameterAnchorPlugin(CheckedPlugin, supports_distributed=True):
     r"""Hold each parameter where the last experience left it, by its importance.
 
     .. math:: L = L_{clf} + \lambda \kappa \sum_k \Omega_k (\theta_k - \theta^*_k)^2
@@ -148,10 +147,6 @@ class ParameterAnchorPlugin(SupervisedPlugin, supports_distributed=True):
         """Stand behind the backward pass."""
         if self.lam != 0:
             wrap(strategy, "backward", self._backward, order=_ORDER)
-
-    def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
-        """Refuse an empty experience before a loader is built for it."""
-        check_experience(strategy)
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """The model has been adapted: parameters may have grown."""
@@ -282,6 +277,7 @@ class EWCPlugin(ParameterAnchorPlugin, supports_distributed=True):
     """
 
     def __init__(self, lam: float, *, fisher: str = "sampled", anchor: str = "latest") -> None:
+        check_one_of(type(self).__name__, "fisher", fisher, ("sampled", "empirical", "argmax"))
         super().__init__(lam, importance=Fisher(fisher), anchor=anchor)
 
 
@@ -298,6 +294,9 @@ class OnlineEWCPlugin(ParameterAnchorPlugin, supports_distributed=True):
     """
 
     def __init__(self, lam: float, *, decay_factor: float = 0.95, fisher: str = "sampled") -> None:
+        owner = type(self).__name__
+        check_one_of(owner, "fisher", fisher, ("sampled", "empirical", "argmax"))
+        check_nonnegative(owner, decay_factor=decay_factor)
         super().__init__(lam, importance=Fisher(fisher, merge=decay_factor))
 
 

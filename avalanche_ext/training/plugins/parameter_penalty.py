@@ -24,13 +24,12 @@ from typing import Any, Literal
 
 import torch
 from avalanche.models import IncrementalClassifier, MultiTaskModule
-from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
 from avalanche_ext.functional.sparsity import orthogonality
 from avalanche_ext.models.heads import FixedSizeClassifier
 from avalanche_ext.models.recording import LayerSpec, select_layers
-from avalanche_ext.training.checks import check_nonnegative, check_one_of
+from avalanche_ext.training.checks import CheckedPlugin, check_nonnegative, check_one_of
 from avalanche_ext.training.publishing import publish
 from avalanche_ext.training.representation_penalty import bare
 
@@ -40,7 +39,7 @@ _WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd)
 _HEADS = (IncrementalClassifier, MultiTaskModule, FixedSizeClassifier)
 
 
-class OrthRegPlugin(SupervisedPlugin, supports_distributed=True):
+class OrthRegPlugin(CheckedPlugin, supports_distributed=True):
     r"""Add ``lam`` times the alikeness of the rows of chosen weights to the loss.
 
     .. math:: L = L_{clf} + \lambda \sum_l \sum_{i \ne j} \log(1 + e^{s (c_{ij} - 1)})
@@ -126,7 +125,7 @@ class OrthRegPlugin(SupervisedPlugin, supports_distributed=True):
             publish(self, strategy, "OrthReg_R", float(self._sum) / self._steps)
 
 
-class L1ParamPlugin(SupervisedPlugin, supports_distributed=True):
+class L1ParamPlugin(CheckedPlugin, supports_distributed=True):
     r"""Penalise the L1 norm of all trainable parameters: add ``lam`` times their sign to gradients.
 
     .. math:: g \leftarrow g + \lambda\, \mathrm{sign}(\theta)
@@ -153,7 +152,7 @@ class L1ParamPlugin(SupervisedPlugin, supports_distributed=True):
             gradient.add_(parameter.sign(), alpha=self.lam)
 
 
-class L2DecayPlugin(SupervisedPlugin, supports_distributed=True):
+class L2DecayPlugin(CheckedPlugin, supports_distributed=True):
     r"""Penalise half the squared norm of all trainable parameters.
 
     .. math:: g \leftarrow g + \lambda\, \theta

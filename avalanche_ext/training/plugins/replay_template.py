@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from avalanche.benchmarks.utils.data_loader import TaskBalancedDataLoader
-from avalanche.training.plugins import SupervisedPlugin
 from avalanche.training.storage_policy import ExemplarsBuffer
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, default_collate
 
-from avalanche_ext.training.checks import check_experience, check_labels_fit
+from avalanche_ext.training.checks import CheckedPlugin
 from avalanche_ext.training.loading.loader import ReplayLoader, ReplayPart, options_for
 from avalanche_ext.training.loading.lookahead import LookAhead
 from avalanche_ext.training.loading.resident_loader import ResidentLoader
@@ -30,7 +29,7 @@ __all__ = ["DEFAULT_MEM", "ReplayTemplate"]
 DEFAULT_MEM = 200
 
 
-class ReplayTemplate(SupervisedPlugin):
+class ReplayTemplate(CheckedPlugin):
     """Base of the replay plugins.
 
     The loader is put in place when the epoch starts, after every plugin's
@@ -111,7 +110,7 @@ class ReplayTemplate(SupervisedPlugin):
 
     def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
         """Refuse an empty experience, and one whose groups the memory could not hold."""
-        check_experience(strategy)
+        super().before_train_dataset_adaptation(strategy, **kwargs)
         self.memory.check_room(strategy.experience)
         self._checked = False
         twins = [p for p in strategy.plugins if getattr(p, "label", None) == self.label]
@@ -170,10 +169,9 @@ class ReplayTemplate(SupervisedPlugin):
             )
 
     def after_forward(self, strategy: Any, **kwargs: Any) -> None:
-        """Before the first loss of an experience: do the labels fit the head?"""
-        if not self._checked:
-            check_labels_fit(strategy)
-            self._checked = True
+        """The loader of this experience has given a batch with what is replayed."""
+        super().after_forward(strategy, **kwargs)
+        self._checked = True
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Store exemplars of the experience; log how many and how large."""

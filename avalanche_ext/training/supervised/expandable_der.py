@@ -73,12 +73,20 @@ class ClassifierStage:
     Args:
         epochs: Passes over the balanced samples; 0 leaves stage 2 out.
         schedule: Its learning rate.
-        temperature: Logits are divided by it in the loss, not at inference.
+        temperature: Logits are divided by it in the loss, not at inference; > 0.
+
+    Raises:
+        ValueError: For a number out of range.
     """
 
     epochs: int = 30
     schedule: Schedule = _STAGE_TWO
     temperature: float = 5.0
+
+    def __post_init__(self) -> None:
+        check_nonnegative("ClassifierStage", epochs=self.epochs, temperature=self.temperature)
+        if self.temperature == 0:
+            raise ValueError("ClassifierStage expects temperature > 0; got 0.")
 
 
 class ExpandableDER(SupervisedTemplate):
@@ -104,6 +112,7 @@ class ExpandableDER(SupervisedTemplate):
         **options: Of Avalanche's ``SupervisedTemplate``.
 
     Raises:
+        TypeError: For settings of another kind.
         ValueError: For a bad argument; for a backbone whose channels cannot be followed, with
             ``prune``; for an experience without a new class; for a memory that
             holds less than one sample of each class.
@@ -135,6 +144,15 @@ class ExpandableDER(SupervisedTemplate):
             "ExpandableDER", auxiliary=auxiliary, momentum=momentum, weight_decay=weight_decay
         )
         check_count("ExpandableDER", lookahead=lookahead)
+        for name, value, kind in (
+            ("prune", prune, ChannelMasks), ("schedule", schedule, Schedule),
+            ("first_schedule", first_schedule, Schedule),
+            ("classifier_stage", classifier_stage, ClassifierStage),
+        ):  # fmt: skip
+            if not isinstance(value, kind | None):
+                raise TypeError(
+                    f"ExpandableDER expects {name} to be a {kind.__name__} or None; got {value!r}."
+                )
         self.auxiliary = auxiliary
         self.prune = prune
         self.lookahead = lookahead
