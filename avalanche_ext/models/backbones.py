@@ -16,7 +16,16 @@ from torch import Tensor, nn
 from avalanche_ext.models.competition import CompetitiveMLP
 from avalanche_ext.models.mlp import MLP
 
-__all__ = ["BACKBONES", "CIFARResNet", "PlainConvNet", "SmallConvNet", "build_backbone", "freeze"]
+__all__ = [
+    "BACKBONES",
+    "CIFARResNet",
+    "PlainConvNet",
+    "SmallConvNet",
+    "build_backbone",
+    "check_features",
+    "feature_width",
+    "freeze",
+]
 
 BACKBONES = (
     "mlp", "maxout_mlp", "lwta_mlp", "small_convnet", "conv_mlp", "vgg11_slim", "cifar_resnet18",
@@ -294,3 +303,29 @@ def _timm(name: str, n_classes: int, channels_in: int, pretrained: bool | str | 
             f"once and run again (they are kept), give pretrained= a file with them, or use "
             f"pretrained=False: training from random weights is another protocol."
         ) from error
+
+
+def feature_width(owner: str, backbone: nn.Module) -> int:
+    """Features per sample that a backbone says it gives.
+
+    Raises:
+        ValueError: If it says nothing.
+    """
+    width = getattr(backbone, "num_features", getattr(backbone, "out_dim", None))
+    if not isinstance(width, int) or width < 1:
+        raise ValueError(
+            f"{owner} expects a backbone that gives features, (B, D), and says D in num_features "
+            f"or out_dim; got {type(backbone).__name__} with {width!r}. "
+            f"build_backbone(name, 0, in_shape) makes one."
+        )
+    return width
+
+
+def check_features(owner: str, features: Tensor, width: int) -> None:
+    """Raise unless features ``(B, D)`` have the width that the backbone says."""
+    if features.ndim != 2 or features.shape[1] != width:
+        raise ValueError(
+            f"{owner} expects features (B, {width}) of its backbone; got {tuple(features.shape)}. "
+            f"A backbone with a classifier gives logits: build it without, as "
+            f"build_backbone(name, 0, in_shape) does."
+        )

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from avalanche_ext.functional.channel_mask import Compensation
+from avalanche_ext.models.backbones import check_features, feature_width
 from avalanche_ext.models.channel_gates import GatedNetwork
 from avalanche_ext.models.channel_groups import Residual, find_channel_groups
 from avalanche_ext.models.pruning import fold_batch_norms, prune_channels
@@ -120,14 +121,7 @@ class ExpandableNet(DynamicModule):
         fold: bool = True,
     ) -> None:
         super().__init__()
-        width = getattr(backbone, "num_features", getattr(backbone, "out_dim", None))
-        if not isinstance(width, int) or width < 1:
-            raise ValueError(
-                f"ExpandableNet expects a backbone that gives features, (B, D), and says D in "
-                f"num_features or out_dim; got {type(backbone).__name__} with {width!r}. "
-                f"build_backbone(name, 0, in_shape) makes one."
-            )
-        self.width = width
+        self.width = feature_width("ExpandableNet", backbone)
         self.n_outputs = n_outputs
         self.inherit = inherit
         self.masks = masks
@@ -262,6 +256,7 @@ class ExpandableNet(DynamicModule):
         ``old``: what ``old_features`` gave for ``x``, where it is known.
         """
         new = self.extractors[-1](x)
+        check_features("ExpandableNet", new, self.widths[-1])
         old = self.old_features(x) if old is None else old
         return new if old is None else torch.cat([old.to(new.dtype), new], dim=1)
 

@@ -14,6 +14,7 @@ from avalanche.models import MultiTaskModule
 from torch import Tensor, nn
 
 from avalanche_ext.functional.channel_mask import Compensation, gate
+from avalanche_ext.models.backbones import check_features, feature_width
 from avalanche_ext.models.channel_gates import GatedNetwork
 from avalanche_ext.models.channel_groups import find_channel_groups
 
@@ -71,14 +72,7 @@ class HATNet(MultiTaskModule):
         hard: bool = False,
     ) -> None:
         super().__init__()
-        width = getattr(backbone, "num_features", getattr(backbone, "out_dim", None))
-        if not isinstance(width, int) or width < 1:
-            raise ValueError(
-                f"HATNet expects a backbone that gives features, (B, D), and says D in "
-                f"num_features or out_dim; got {type(backbone).__name__} with {width!r}. "
-                f"build_backbone(name, 0, in_shape) makes one."
-            )
-        self.width = width
+        self.width = feature_width("HATNet", backbone)
         self.hard = hard
         groups = find_channel_groups(backbone, prune_output=True)
         self.gates = GatedNetwork(backbone, groups=groups, s_max=s_max, compensation=compensation)
@@ -158,7 +152,9 @@ class HATNet(MultiTaskModule):
         position = self.tasks.index(task_label)
         names = [name for name, _ in self.gates.network.named_buffers()]
         statistics = dict(zip(names, self.statistics[position].buffers(), strict=True))
-        z = self.heads[position](self.gates(x, self.masks(position), statistics))
+        u = self.gates(x, self.masks(position), statistics)
+        check_features("HATNet", u, self.width)
+        z = self.heads[position](u)
         out = z.new_full((len(z), self.max_class_label), UNKNOWN_LOGIT)
         return out.index_copy(1, torch.tensor(self.classes[position], device=z.device), z)
 

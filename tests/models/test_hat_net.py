@@ -265,3 +265,10 @@ def test_copies_and_state_dictionaries_give_the_same():
 def test_what_it_cannot_use_is_an_error(make, match):
     with pytest.raises(ValueError, match=match):
         make()
+
+
+def test_a_backbone_with_a_classifier_is_refused():
+    model = HATNet(MLP(6, (5, 4), 3))
+    model.adaptation(experience(0, (0,), (0, 1)))
+    with pytest.raises(ValueError, match=r"HATNet expects features \(B, 4\).*got \(2, 3\)"):
+        model(torch.randn(2, 6), torch.zeros(2, dtype=torch.int64))

@@ -430,3 +430,9 @@ def test_settings_out_of_range_are_refused(make, match):
 def test_settings_of_another_kind_are_refused(name):
     with pytest.raises(TypeError, match=rf"expects {name} to be a .* got 0.1"):
         ExpandableDER(backbone=build_backbone("mlp", 0, (8,)), **{name: 0.1})
+
+
+def test_a_backbone_with_a_classifier_is_refused():
+    strategy = ExpandableDER(backbone=build_backbone("mlp", 10, (8,)), train_mb_size=8)
+    with pytest.raises(ValueError, match=r"ExpandableNet expects features \(B, 100\).*\(8, 10\)"):
+        strategy.train(class_stream().train_stream[0], eval_streams=[])

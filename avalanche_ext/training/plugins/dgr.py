@@ -162,7 +162,7 @@ class DGRPlugin(CheckedPlugin):
         if _at_task_boundary(strategy.experience, before=True):
             self._open(strategy)
         if self.schedule == "before":
-            self.source.learn(strategy.experience)
+            self._learn(strategy.experience)
         if self._weight < 1:
             wrap(strategy, "criterion", self._criterion)
 
@@ -172,9 +172,16 @@ class DGRPlugin(CheckedPlugin):
             return
         unwrap(strategy, "criterion", self._criterion)
         if self.schedule == "after":
-            self.source.learn(strategy.experience)
+            self._learn(strategy.experience)
         if _at_task_boundary(strategy.experience, before=False):
             self._close(strategy)
+
+    def _learn(self, experience: Any) -> None:
+        """The source's own loop, whose order of batches is no matter of the solver's."""
+        with torch.random.fork_rng(devices=[]):
+            own = seeded(torch.initial_seed(), _SALT, self.experiences, 1)
+            torch.default_generator.manual_seed(own.initial_seed())
+            self.source.learn(experience)
 
     def _open(self, strategy: Any) -> None:
         experience = whole_experience(strategy.experience)

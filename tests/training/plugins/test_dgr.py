@@ -172,7 +172,7 @@ def test_with_all_weight_on_new_data_it_is_naive_bit_for_bit(case):
     assert not torch.equal(weights(run([CASES[case]()])), weights(run([])))
 
 
-@pytest.mark.parametrize("case", ["hard", "soft", "conditional", "noise"])
+@pytest.mark.parametrize("case", CASES)
 def test_the_first_experience_is_naive_bit_for_bit(case):
     assert torch.equal(weights(run([CASES[case]()], n=1)), weights(run([], n=1)))
 
