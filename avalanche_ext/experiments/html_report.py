@@ -109,9 +109,14 @@ def _header(run: Run) -> str:
             shown = formatted(value["mean"], 100, 1)
             spread = "" if value["sd"] is None else f" ± {formatted(value['sd'], 100, 1)}"
             tiles.append(f"<li><b>{shown}{spread} %</b><span>{text}</span></li>")
-    over = "1 seed, so without a deviation" if seeds == 1 else (
-        f"{seeds} seeds, mean ± sample standard deviation"
+    settings = run.settings.get(run.recipe, {})
+    orders, starts = (len({*settings.get(field, ())}) for field in ("order_seeds", "seeds"))
+    runs = f"{seeds} seeds" if orders < 2 else f"{orders} class orders, {starts} " + (
+        "initialisation" if starts == 1 else "initialisations"
     )  # fmt: skip
+    over = f"{runs}, mean ± sample standard deviation"
+    if seeds == 1:
+        over = "1 seed, so without a deviation"
     changed = changed_settings(run.settings[run.recipe]) if run.recipe in run.settings else []
     note = (
         f'<p class="note">Not the registered protocol of this name. Changed: '

@@ -348,3 +348,17 @@ def test_samples_and_capacity_of_a_generator_are_shown_where_the_records_have_th
     assert said == ["samples, real", "samples, after 1", "samples, after 2"]
     assert ["after", "layer0: new", "layer0: reused", "layer0: free"] in found.rows
     assert ["2", "1,200", "3", "77"] in found.rows
+
+
+@pytest.mark.parametrize(
+    ("seeds", "orders", "told"),
+    [
+        ((0, 1, 2), (), "3 seeds, mean"),
+        ((0, 1, 2), (7,), "3 seeds, mean"),
+        ((0, 1, 2), (7, 8, 9), "3 class orders, 3 initialisations, mean"),
+        ((0,), (), "1 seed, so without"),
+    ],
+)
+def test_the_page_says_what_differs_from_run_to_run(seeds, orders, told, tmp_path):
+    run = made(tmp_path, seeds=seeds, settings={MAIN: {"order_seeds": list(orders)}})
+    assert told in page(run)

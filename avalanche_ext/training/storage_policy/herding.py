@@ -62,7 +62,7 @@ class HerdingMemory(ExemplarMemory):
     The strategy's model gives the features through ``super_feature(x)``.
 
     Args:
-        mem: Budget in samples in all.
+        mem: Budget in samples in all; 0 keeps none.
         mem_per_class: Or a number for each class, without a bound on the whole.
 
     Raises:

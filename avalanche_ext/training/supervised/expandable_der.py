@@ -94,7 +94,7 @@ class ExpandableDER(SupervisedTemplate):
 
     Args:
         backbone: The first extractor; ``build_backbone(name, 0, in_shape)`` gives one.
-        mem: Exemplars in all (paper: 2000), or ``None``.
+        mem: Exemplars in all (paper: 2000), 0 for none, or ``None``.
         mem_per_class: Or exemplars of each class (paper: 20, where the first half comes at once).
         auxiliary: Weight of the auxiliary loss (paper's code: 1).
         prune: Channel masks and their removal; ``None`` keeps every channel.
