@@ -8,6 +8,7 @@ from numbers import Real
 from typing import Any
 
 from avalanche.training.plugins import SupervisedPlugin
+from torch import nn
 
 __all__ = [
     "CheckedPlugin",
@@ -62,8 +63,12 @@ class CheckedPlugin(SupervisedPlugin):
 
     def after_forward(self, strategy: Any, **kwargs: Any) -> None:
         """Before the first loss of an experience: do the labels fit the head?"""
-        if strategy.clock.train_exp_iterations == 0:
+        classes = isinstance(getattr(strategy, "_criterion", None), nn.CrossEntropyLoss)
+        if classes and strategy.clock.train_exp_iterations == 0:
             check_labels_fit(strategy)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_clock": None}  # a copy is meant to go on elsewhere
 
 
 def check_experience(strategy: Any) -> None:

@@ -131,5 +131,13 @@ def test_a_second_strategy_with_the_same_plugin_is_warned_of(make):
         going_on = pickle.loads(pickle.dumps(strategy)), copy.deepcopy(strategy)
         for one in (strategy, *going_on):
             one.train(class_stream().train_stream[2], eval_streams=[])
+        learn(copy.deepcopy(plugin), n=1)  # a copy is meant to go on
     with pytest.warns(UserWarning, match=rf"this {type(plugin).__name__} has been trained with an"):
         learn(plugin, n=1)
+
+
+def test_outputs_of_a_regression_are_no_class_scores():
+    torch.manual_seed(0)
+    strategy = naive(MLP(8, (16,), 1), [DRLPlugin(0.0)])
+    strategy._criterion = lambda z, y: (z[:, 0] - y).square().mean()
+    strategy.train(class_stream().train_stream[1], eval_streams=[])

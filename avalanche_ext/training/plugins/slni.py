@@ -156,7 +156,7 @@ class SLNIPlugin(RepresentationPenalty, supports_distributed=True):
         return self._form.signed == "error"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_operators": {}}
+        return {**super().__getstate__(), "_operators": {}}
 
     def penalty(self, name: str, h: Tensor) -> Tensor:
         """See ``RepresentationPenalty``."""

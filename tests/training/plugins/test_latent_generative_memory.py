@@ -820,7 +820,7 @@ def test_another_network_in_mid_stream_is_refused():
     plugin = CASES["gaussian"]()
     run([plugin], n=1)
     with pytest.raises(ValueError, match=r"\(16,\) before, and now \(9,\)"):
-        run([plugin], model=MLP(8, (9, 12), 6))
+        run([copy.deepcopy(plugin)], model=MLP(8, (9, 12), 6))
 
 
 def test_an_empty_experience_is_refused():

@@ -540,7 +540,11 @@ def test_a_copy_made_within_an_experience_has_the_plugins_whole_state():
         (lambda: ParameterAnchorPlugin(1.0, importance="fisher"), ValueError, "importance to be"),
         (lambda: ParameterAnchorPlugin(1.0, anchor="first"), ValueError, "anchor to be one of"),
         (lambda: ParameterAnchorPlugin(1.0, importance="l2", anchor="each"), ValueError, "adds up"),
-        (lambda: EWCPlugin(1.0, fisher="separate"), ValueError, "mode to be one of"),
+        (
+            lambda: EWCPlugin(1.0, fisher="separate"),
+            ValueError,
+            "EWCPlugin expects fisher to be one of",
+        ),
         (lambda: OnlineEWCPlugin(1.0, decay_factor=2.0), ValueError, "from 0 to 1"),
         (lambda: EWCPlugin(1.0).quantiles([1.5]), ValueError, "from 0 to 1"),
     ],

@@ -125,7 +125,7 @@ def test_a_plugin_that_replaces_the_loader_afterwards_is_an_error_before_any_ste
     plugins = [PLUGINS[name](mem=5), Replaces("before_training_epoch")]
     trained(plugins, STREAM[:1], model=model)
     before = weights(model)
-    strategy = naive(model, plugins)
+    strategy = naive(model, copy.deepcopy(plugins))
     with pytest.raises(ValueError, match=f"{name} put its loader in place, but .*DataLoader"):
         strategy.train(STREAM[1])
     assert torch.equal(before, weights(model))
