@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import itertools
 import pickle
 import warnings
@@ -59,6 +60,14 @@ def weights(strategy):
     return torch.cat([p.detach().flatten() for p in strategy.model.parameters()])
 
 
+@functools.cache
+def alone(key):
+    """Weights that a method's smoke test ends with: several tests compare theirs with them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return weights(train(smoke(key)))
+
+
 @pytest.mark.parametrize("key", CATALOG)
 def test_every_key_has_its_offline_recipe_and_it_trains(key):
     strategy = train(smoke(key))
@@ -78,9 +87,9 @@ def test_weight_zero_is_naive_bit_for_bit(key):
 
 @pytest.mark.parametrize("key", CATALOG)
 def test_one_seed_gives_one_result(key):
-    first, second, other = (weights(train(smoke(key), seed=s)) for s in (3, 3, 4))
-    assert torch.equal(first, second)
-    assert not torch.equal(first, other)
+    second, other = (weights(train(smoke(key), seed=s)) for s in (3, 4))
+    assert torch.equal(alone(key), second)
+    assert not torch.equal(second, other)
 
 
 @pytest.mark.parametrize(
@@ -133,10 +142,9 @@ def test_composes_with_avalanches_plugins_in_either_order(key, stock):
             return
         after = train(recipe, [STOCK[stock]()])
         before = train(recipe, before=[STOCK[stock]()])
-        alone = train(recipe)
     torch.testing.assert_close(weights(after), weights(before), rtol=0, atol=2e-5)
     # What HAT gives for earlier tasks cannot move, so LwF has nothing to hold.
-    assert torch.equal(weights(after), weights(alone)) == ((key, stock) == ("hat", "lwf"))
+    assert torch.equal(weights(after), alone(key)) == ((key, stock) == ("hat", "lwf"))
 
 
 # These weigh their replay against the new data.
@@ -196,7 +204,7 @@ def test_our_plugins_compose_with_our_strategies_in_either_order(key, owner):
     torch.testing.assert_close(weights(after), weights(before), rtol=0, atol=2e-5)
     # Weights that earlier tasks need HAT holds itself; to the others no output is sensitive.
     idle = owner == "hat" and key in ("ewc", "online_ewc", "mas", "online_distillation")
-    assert torch.equal(weights(after), weights(train(recipe))) == idle
+    assert torch.equal(weights(after), alone(owner)) == idle
 
 
 @pytest.mark.parametrize("key", PLUGINS)

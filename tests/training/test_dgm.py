@@ -376,7 +376,7 @@ def test_one_seed_gives_one_result(masks):
     assert not torch.equal(first, other)
 
 
-@pytest.mark.parametrize("masks", MASKS)
+@pytest.mark.parametrize("masks", ["weights", pytest.param("units", marks=pytest.mark.slow)])
 def test_split_digits_is_remembered(masks):
     torch.manual_seed(0)
     common = {"n_classes": 10, "network": "mlp"}
