@@ -169,6 +169,9 @@ def _larger() -> dict[str, Recipe]:
         ):
             name = f"{row.name}_{suffix}"
             rows.append(dataclasses.replace(row, name=name, title=title, **changes))
+        if not stream.endswith("ni"):  # there every class is in the first experience
+            name, title = f"{main.name}_growing", "encoder frozen after the first, growing head"
+            rows.append(dataclasses.replace(main, name=name, title=title, head="growing"))
         rows.append(replay)
         made |= {row.name: row for row in rows}
         made[main.name] = dataclasses.replace(main, baselines=tuple(row.name for row in rows))
