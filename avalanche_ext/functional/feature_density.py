@@ -68,15 +68,13 @@ def pooled_gaussian(
     apart = (other_mean - mean).double()
     middle = mean.double() + m / total * apart
     rest = max(total - 1, 1)
-    weights = [((n - 1) / rest) ** 0.5, ((m - 1) / rest) ** 0.5, (n * m / total / rest) ** 0.5]
+    own = ((n - 1) / rest) ** 0.5 * factor.double()
+    others = ((m - 1) / rest) ** 0.5 * other_factor.double()
+    between = (n * m / total / rest) ** 0.5 * apart
     if factor.ndim == 1:
-        spread = sum((w * x).square() for w, x in zip(
-            weights, (factor.double(), other_factor.double(), apart), strict=True))  # fmt: skip
-        return middle.to(mean.dtype), torch.as_tensor(spread).sqrt().to(factor.dtype)
-    rows = torch.cat([
-        w * x for w, x in zip(
-            weights, (factor.double(), other_factor.double(), apart[None]), strict=True)
-    ])  # fmt: skip
+        spread = (own.square() + others.square() + between.square()).sqrt()
+        return middle.to(mean.dtype), spread.to(factor.dtype)
+    rows = torch.cat([own, others, between[None]])
     kept = min(total - 1, len(mean), len(mean) if rank is None else rank)
     return middle.to(mean.dtype), _strongest(rows, 1, rows.dtype)[:kept].to(factor.dtype)
 

@@ -206,6 +206,17 @@ def test_what_cannot_even_be_pickled_is_run_without_checkpoints_and_says_so(tmp_
     assert not (tmp_path / "experience.pt").exists()
 
 
+def test_time_to_write_within_an_experience_is_told(tmp_path):
+    for every in (None, 2):
+        benchmark, strategy = build("naive")
+        checkpoints = Checkpoints(tmp_path / str(every), strategy, benchmark, every=every)
+        checkpoints.train(0, benchmark.train_stream[0])
+        assert (checkpoints.seconds > 0) == (every is not None)
+        checkpoints.every = None
+        checkpoints.train(1, benchmark.train_stream[1])
+        assert checkpoints.seconds == 0
+
+
 def test_a_file_of_another_format_is_refused(tmp_path):
     benchmark, strategy = build("naive")
     torch.save({"format": 0}, tmp_path / "experience.pt")
