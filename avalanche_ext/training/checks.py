@@ -63,8 +63,8 @@ class CheckedPlugin(SupervisedPlugin):
 
     def after_forward(self, strategy: Any, **kwargs: Any) -> None:
         """Before the first loss of an experience: do the labels fit the head?"""
-        classes = isinstance(getattr(strategy, "_criterion", None), nn.CrossEntropyLoss)
-        if classes and strategy.clock.train_exp_iterations == 0:
+        first = strategy.clock.train_exp_iterations == 0
+        if first and isinstance(getattr(strategy, "_criterion", None), nn.CrossEntropyLoss):
             check_labels_fit(strategy)
 
     def __getstate__(self) -> dict[str, Any]:
